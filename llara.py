@@ -3,71 +3,66 @@
 
 A passage is followed by two prompts, in one sequence, and the model is run once:
 
-    " passage ", summarize the above passage within eight words: <s1>..<s8> ", predict the following passage ..: <s9>..<s16>
-    prefix    `------------------------- SELF ---------------------------'  `----------------------- NEXT -----------------'
+    " passage ", summarize the above passage within eight words: <s1>..<s8> ", predict the following ..: <s9>..<s16>
+    prefix    `------------------------ SELF ----------------------------'  `------------------ NEXT --------------'
 
-    may look at ->   prefix+passage   SELF     NEXT        EBAE: the hidden states at <s1>..<s8> predict the set of
-    prefix+passage       causal                            tokens of the passage itself.
-    SELF                  yes        causal                EBAR: those at <s9>..<s16> predict the set of tokens of
-    NEXT                  yes          no     causal       the passage that follows it.
+    may look at ->   prefix+passage   SELF     NEXT       EBAE: the hidden states at <s1>..<s8> predict the set of
+    prefix+passage       causal                           tokens of the passage itself.
+    SELF                  yes        causal               EBAR: those at <s9>..<s16> predict the set of tokens of
+    NEXT                  yes          no     causal      the passage that follows it.
 
-NEXT never sees SELF and its positions start where SELF's start, so one pass equals two. The embedding of a text is the mean
-of the last hidden states at its eight tokens, L2-normalised; passages use SELF, queries use NEXT.
+NEXT never sees SELF and its positions start where SELF's start, so one pass equals two. The embedding of a text is the
+mean of the last hidden states at its eight tokens, L2-normalised; passages use SELF, queries use NEXT.
 
-    python llara.py                                              # a tiny model on Python's own documentation, in minutes
-    torchrun llara.py --data wiki.jsonl                          # the same on your text
+    python llara.py                                            # a tiny model on Python's own documentation, in minutes
+    torchrun llara.py --data wiki.jsonl                        # the same on your text
     torchrun --nproc-per-node 8 llara.py --data wiki.jsonl --model meta-llama/Llama-2-7b-hf --gradient-checkpointing
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 llara.py ...     # on both nodes
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 llara.py ...  # on both nodes
 """
-import argparse, ast, contextlib, gzip, json, math, os, re, resource, shutil, sys, sysconfig, tempfile, time
+import argparse, ast, contextlib, functools, gzip, json, math, os, re, resource, shutil, sys, sysconfig, tempfile, time
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of a tokenizer do not survive the fork of the workers
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a tokenizer's threads do not survive the fork of the workers
 import numpy as np
-import tokenizers
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast)
+                          PreTrainedTokenizerFast, logging)
 
 class BadInput(Exception):
     """A mistake in what the user gave: main() shows it as one sentence, without a traceback."""
 
-# ---- prompts -------------------------------------------------------------------------------------------------------
-
+# ---- prompts ---------------------------------------------------------------------------------------------------------
 SPECIAL = [f"<s{i}>" for i in range(1, 17)]
 PREFIX = '"'
 SELF = '", summarize the above passage within eight words: ' + "".join(SPECIAL[:8])
 NEXT = '", predict the following passage within eight words: ' + "".join(SPECIAL[8:])
-
-class Prompts(NamedTuple):  # lists of token ids; SELF and NEXT end with their eight special tokens
-    prefix: list
-    SELF: list
-    NEXT: list
+Prompts = namedtuple("Prompts", "prefix SELF NEXT")  # lists of token ids; SELF and NEXT end with their eight tokens
 
 def make_prompts(tokenizer):
     """The prompts in this tokenizer's ids: 2, 19 and 18 of them for Llama-2. BadInput if an <sN> is not one token."""
     prompts = Prompts(tokenizer(PREFIX).input_ids, *tokenizer([SELF, NEXT], add_special_tokens=False).input_ids)
     if prompts.SELF[-8:] + prompts.NEXT[-8:] != [tokenizer.get_vocab().get(token) for token in SPECIAL]:
-        raise BadInput("<s1>..<s16> are not one token each in this tokenizer: is it a LLaRA model? llara.load adds them")
+        raise BadInput("<s1>..<s16> are not one token each in this tokenizer; llara.load adds them to a causal LM")
     return prompts
 
 # ---- data: lines -> passages -> examples -> steps --------------------------------------------------------------------
-
 # The English stop words of NLTK, as in the released code; those with an apostrophe cannot occur once [\W_]+ is gone.
 STOP_WORDS = frozenset("""i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she
 her hers herself it its itself they them their theirs themselves what which who whom this that these those am is are was
 were be been being have has had having do does did doing a an the and but if or because as until while of at by for with
 about against between into through during before after above below to from up down in out on off over under again further
-then once here there when where why how all any both each few more most other some such no nor not only own same so than too
-very s t can will just don should now d ll m o re ve y ain aren couldn didn doesn hadn hasn haven isn ma mightn mustn needn
-shan shouldn wasn weren won wouldn""".split())
+then once here there when where why how all any both each few more most other some such no nor not only own same so than
+too very s t can will just don should now d ll m o re ve y ain aren couldn didn doesn hadn hasn haven isn ma mightn mustn
+needn shan shouldn wasn weren won wouldn""".split())
 SENTENCE_END = re.compile(r"""[.!?]["')\]]*\s+|[。！？]|\n""")
 
 def content_words(text):
@@ -85,154 +80,147 @@ def article(row):
     return "\n".join(filter(None, [row.get("title"), row.get("text", row.get("input"))]))
 
 class Lines:
-    """Random access to the lines of .jsonl files; 16 bytes a line are in memory, whatever the size of the files. A .gz has no
-    random access: it costs an unpacked copy, in an unnamed file in the folder `scratch`, for as long as the process lives."""
-
+    """Random access to the rows of .jsonl files, by byte offset: 16 bytes a line are held, however large the files. A .gz
+    has no random access: it costs an unpacked copy, in an unnamed file in the folder `scratch`, while the process lives."""
     def __init__(self, paths, scratch=None):
-        self.paths, self.files, lengths = paths, [], []
-        for path in paths:
+        self.paths, self.files, lengths = [], [], []
+        for path in map(Path, paths):
+            inside = path.is_dir() and sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz")))
+            self.paths += inside or [path]
+        for path in self.paths:
             try:
                 self.files.append(open(path, "rb"))
-                if str(path).endswith(".gz"):
+                if path.suffix == ".gz":
                     packed, self.files[-1] = gzip.open(self.files[-1]), tempfile.TemporaryFile(dir=scratch)
                     shutil.copyfileobj(packed, self.files[-1])
                     self.files[-1].seek(0)
+                lengths.append(np.fromiter(map(len, self.files[-1]), np.int64))  # one scan for newlines, no parsing
             except (OSError, EOFError) as e:
-                raise BadInput(f"{path}: cannot be read ({e})") from None
-            lengths.append(np.fromiter(map(len, self.files[-1]), np.int64))  # one scan for newlines, nothing is parsed
-        self.first = np.cumsum([0, *map(len, lengths)])  # of each file
-        self.starts = np.concatenate([np.cumsum(n) - n for n in lengths])
-        self.lengths = np.concatenate(lengths)
+                raise BadInput(f"{path}: no readable .jsonl or .jsonl.gz file, nor a folder of such ({e})") from None
+        self.first = np.cumsum([0, *map(len, lengths)])  # line of each file
+        self.starts, self.lengths = np.concatenate([n.cumsum() - n for n in lengths]), np.concatenate(lengths)
 
     def name(self, i):
         file = np.searchsorted(self.first, i, side="right") - 1
         return f"{self.paths[file]}:{i - self.first[file] + 1}"
 
     def row(self, i):
-        """Line i as a dict with the texts of one of the two formats. BadInput names file and line if it is anything else."""
-        file = self.files[np.searchsorted(self.first, i, side="right") - 1]
+        """Line i as a dict of one of the two formats. BadInput, with file and line, if it is anything else."""
+        file = self.files[np.searchsorted(self.first, i, side="right") - 1].fileno()
         try:
-            row = json.loads(os.pread(file.fileno(), self.lengths[i], self.starts[i]))  # pread: workers share the file
-            texts = [row[key] for key in (("input", "output_summarize", "output_predict") if "input" in row else ("text",))]
-            "".join([*texts, row.get("title") or ""]).encode()  # a lone surrogate cannot be tokenised
+            row = json.loads(os.pread(file, self.lengths[i], self.starts[i]))  # pread: the workers share the file
+            keys = ("input", "output_summarize", "output_predict") if "input" in row else ("text",)
+            "".join([row.get("title") or "", *(row[key] for key in keys)]).encode()  # a lone surrogate fails here
+            if not row[keys[0]].strip():
+                raise ValueError("empty text")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            raise BadInput(f'{self.name(i)}: not a JSON row {{"text": ..}} or {{"input": .., "output_summarize": .., '
-                           f'"output_predict": ..}} ({type(e).__name__}: {e}); mend or remove this line') from None
-        if not texts[0].strip():
-            raise BadInput(f"{self.name(i)}: the text is empty; remove this line")
+            raise BadInput(f'{self.name(i)}: not a row {{"text": ..}} or {{"input": .., "output_summarize": .., "output_'
+                           f'predict": ..}} ({type(e).__name__}: {e}); mend or empty this line') from None
         return row
 
     def count(self, tokenizer, room):
-        """Fixes the number of examples, from the lengths of the lines in bytes alone, so that nothing need be tokenised before
-        step 0. An article of n windows has n - 1 pairs of adjacent passages; a row of the released format is one example."""
+        """-> the number of examples, from the bytes of each line alone, so that nothing is tokenised before step 0: an
+        article of n windows of `room` tokens has n - 1 pairs of adjacent passages, a released row is one example."""
         size = tokens = 1
         for i in np.unique(np.linspace(0, len(self.lengths) - 1, 64).astype(int)):  # 64 lines tell the bytes of a token
             if self.lengths[i] > 2:  # 2: an empty line, "\r\n"
-                part = article(self.row(i))[:20000]
-                size += self.lengths[i] * len(part) / len(article(self.row(i)))
-                tokens += len(tokenizer(part, add_special_tokens=False).input_ids)
-        counts = np.maximum(-(-self.lengths // (0.9 * room * size / tokens)) - 1, 0).astype(np.int64)  # 0.9: few are cut
+                text = article(self.row(i))
+                size += self.lengths[i] * len(text[:20000]) / len(text)
+                tokens += len(tokenizer(text[:20000], add_special_tokens=False).input_ids)
+        windows = np.ceil(self.lengths / (0.9 * room * size / tokens))  # 0.9: so that few passages are cut
+        counts = np.maximum(windows - 1, 0).astype(np.int64)
         for i, j in zip(self.first, self.first[1:]):
             if i < j and "input" in self.row(i):  # a file is of one format, its first row's
                 counts[i:j] = self.lengths[i:j] > 2
-        self.ends = np.cumsum(counts)  # the examples up to and including each line
+        self.ends = counts.cumsum()  # the examples up to and including each line
         return int(counts.sum())
 
     def example(self, i):
         """-> line, passage, the text of which EBAE predicts the tokens, and that of which EBAR does."""
         line = int(np.searchsorted(self.ends, i, side="right"))
-        row, k = self.row(line), i - (self.ends[line - 1] if line else 0)
+        row, k = self.row(line), int(i - (self.ends[line - 1] if line else 0))
         if "input" in row:
             return line, row["input"], row["output_summarize"], row["output_predict"]
-        text, n = article(row), self.ends[line] - i + k + 1
-        a, b, c = (boundary(text, int(j), int(n)) for j in (k, k + 1, k + 2))
+        text, n = article(row), int(self.ends[line] - i) + k + 1
+        a, b, c = (boundary(text, j, n) for j in (k, k + 1, k + 2))
         return line, text[a:b].strip(), text[a:b].strip(), text[b:c].strip()
 
 def pad(rows, value=0):
     """Lists of ids -> (B, L) tensor, padded on the right."""
-    out = torch.full((len(rows), max(map(len, rows))), value)
-    for i, row in enumerate(rows):
-        out[i, :len(row)] = torch.tensor(row, dtype=torch.long)
-    return out
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.long)
 
 def collate(examples, prompts):
-    """Triples (passage ids, EBAE target ids, EBAR target ids) -> a batch: input_ids (B, L) of the joint sequence, lengths (B,)
-    of the passages, self_targets (B, U) and next_targets (B, U') padded with -100, and counts (3,): the passage tokens, the
-    rows with any EBAE target, those with any EBAR target. By these the three losses are divided."""
+    """Triples (passage ids, EBAE target ids, EBAR target ids) -> a batch: input_ids (B, L), the joint sequences; lengths
+    (B,) of the passages; self_targets (B, U) and next_targets (B, U'), padded with -100; and counts (3,), by which the
+    three losses are divided: the passage tokens, the rows with any EBAE target, those with any EBAR target."""
     passages, targets, following = zip(*examples)
     return {"input_ids": pad([[*prompts.prefix, *p, *prompts.SELF, *prompts.NEXT] for p in passages]),
             "lengths": torch.tensor([len(p) for p in passages]),
             "self_targets": pad(targets, -100), "next_targets": pad(following, -100),
             "counts": torch.tensor([sum(map(len, passages)), sum(map(bool, targets)), sum(map(bool, following))])}
 
+@functools.lru_cache(2)
+def permutation(seed, epoch, n):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
 class Steps(torch.utils.data.Dataset):
     """Item i is what one rank needs for step i: its micro-batches, prepared in a worker, ahead of the device.
-
-    A step's examples are a pure function of seed, epoch and step: a new permutation each epoch, cut into global batches.
-    Only *within* a global batch are they sorted by length and cut into micro-batches. The update does not depend on that
-    cut, so padding is saved at no cost in randomness. To sort, every rank tokenises the whole global batch (a worker's time,
-    not the device's), and so knows the counts of the global batch without asking the others."""
-
+    The examples of a step are a pure function of seed, epoch and step: a new permutation each epoch, cut into global
+    batches. Only *within* a global batch are they sorted by length and cut into micro-batches; the update does not depend
+    on that cut, so padding is saved at no cost in randomness. To sort, every rank tokenises the whole global batch (a
+    worker's time, not the device's), and so knows the counts of the global batch without asking the others."""
     def __init__(self, lines, tokenizer, prompts, args, rank=0, world=1):
-        self.lines, self.tokenizer, self.prompts, self.args, self.rank, self.world = lines, tokenizer, prompts, args, rank, world
-        self.room = args.max_length - sum(map(len, prompts))  # tokens left for the passage
+        self.lines, self.tokenizer, self.prompts, self.args = lines, tokenizer, prompts, args
+        self.rank, self.world, self.room = rank, world, args.max_length - sum(map(len, prompts))  # tokens of a passage
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.epoch, self.size = -1, lines.count(tokenizer, self.room)
+        self.size = lines.count(tokenizer, self.room)
 
-    def tokenise(self, texts, **kwargs):
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, **kwargs)  # "<s1>" in a text is text
+    def tokenise(self, texts, **kwargs):  # split: "<s1>" in a text is text, it must not forge a prompt
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, **kwargs)
 
     def examples(self, indices):
-        """-> [(line, passage ids, EBAE target ids, EBAR target ids)]. Passage and targets are cut by one and the same window, so
+        """-> [(line, passage ids, EBAE target ids, EBAR target ids)]. One window cuts passages and targets alike, so that
         EBAE never asks for what the model did not see. Targets: unique, without stop words and special tokens."""
         lines, *columns = zip(*map(self.lines.example, indices))
-        windows = [self.tokenise(c, truncation=True, max_length=self.room, return_offsets_mapping=True) for c in columns]
-        seen = [[text[:at[-1][1]] if at else "" for text, at in zip(*pair)]
-                for pair in zip(columns[1:], [w.offset_mapping for w in windows[1:]])]
-        bags = [[sorted(set(ids) - self.special) for ids in self.tokenise([content_words(t) for t in texts]).input_ids]
-                for texts in seen]
-        return list(zip(lines, windows[0].input_ids, *bags))
-
-    def indices(self, step):
-        for i in range(step * self.args.batch_size, (step + 1) * self.args.batch_size):
-            if self.epoch != i // self.size:
-                self.epoch = i // self.size
-                self.order = np.random.default_rng([self.args.seed, self.epoch]).permutation(self.size)
-            yield self.order[i % self.size]
+        cuts = [self.tokenise(c, truncation=True, max_length=self.room, return_offsets_mapping=True) for c in columns]
+        bags = []
+        for texts, cut in zip(columns[1:], cuts[1:]):
+            words = [content_words(text[:at[-1][1]] if at else "") for text, at in zip(texts, cut.offset_mapping)]
+            bags.append([sorted(set(ids) - self.special) for ids in self.tokenise(words).input_ids])
+        return list(zip(lines, cuts[0].input_ids, *bags))
 
     def __getitem__(self, step):
+        batch, micro = self.args.batch_size, self.args.micro_batch_size
         try:
-            examples = self.examples(list(self.indices(step)))
+            examples = self.examples([permutation(self.args.seed, i // self.size, self.size)[i % self.size]
+                                      for i in range(step * batch, (step + 1) * batch)])
         except BadInput as e:
             return e  # raised in a worker, it would arrive as a traceback
         examples.sort(key=lambda e: -len(e[1]))  # longest first: too large a micro-batch shows at once
-        size = self.args.micro_batch_size
-        parts = [examples[i:i + size] for i in range(0, len(examples), size)]
+        parts = [examples[i:i + micro] for i in range(0, batch, micro)]
         micros = [collate([e[1:] for e in part], self.prompts) for part in parts]
-        lengths = [sum(map(len, self.prompts)) + len(e[1]) for e in examples]
-        return {"micros": micros[self.rank::self.world],  # at any moment the ranks have like lengths
-                "counts": sum(m["counts"] for m in micros), "lengths": lengths,
+        lengths = torch.tensor([sum(map(len, self.prompts)) + len(e[1]) for e in examples])
+        return {"micros": micros[self.rank::self.world], "counts": sum(m["counts"] for m in micros), "lengths": lengths,
                 "lines": [[self.lines.name(e[0]) for e in part] for part in parts],
-                "padding": 1 - sum(lengths) / sum(m["input_ids"].numel() for m in micros)}
+                "padding": 1 - lengths.sum().item() / sum(m["input_ids"].numel() for m in micros)}
 
 def python_docs(path):
-    """Writes the documentation that every Python carries as articles: the language reference, and each module's docstrings."""
+    """Writes the documentation that every Python carries as articles: the language reference, each module's docstrings."""
     from pydoc_data.topics import topics
     root, articles = Path(sysconfig.get_path("stdlib")), dict(topics)
     for file in sorted(root.rglob("*.py")):
         if not {"site-packages", "test", "tests"} & set(file.relative_to(root).parts):
             with contextlib.suppress(SyntaxError, ValueError):
-                documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-                docs = [ast.get_docstring(n) for n in ast.walk(ast.parse(file.read_bytes())) if isinstance(n, documented)]
-                articles[".".join(file.relative_to(root).with_suffix("").parts)] = "\n\n".join(filter(None, docs))
-    rows = [json.dumps({"title": title, "text": text}) + "\n" for title, text in articles.items() if text.strip()]
-    path.write_text("".join(rows), encoding="utf-8")
+                nodes = [n for n in ast.walk(ast.parse(file.read_bytes()))
+                         if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+                articles[str(file.relative_to(root))] = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+    rows = [json.dumps({"title": title, "text": text}) for title, text in articles.items() if text.strip()]
+    path.write_text("\n".join(rows), encoding="utf-8")
 
 # ---- the joint sequence and its mask ---------------------------------------------------------------------------------
-
 def joint_mask(start, n_self, length):
     """Who may look at whom, and where each token stands. start (B,): the column where SELF begins; it is n_self long.
-
     -> boolean mask (B, 1, L, L), True = may look; position_ids (B, L). Causal, but NEXT does not see SELF, and NEXT's
     positions are those it would have without SELF (as the released code). Pads come last: causality hides them."""
     column, start = torch.arange(length, device=start.device), start[:, None]        # (L,), (B, 1)
@@ -250,26 +238,21 @@ def pool(hidden, ends):
     """The embedding: mean over the eight states, L2-normalised, in float32: (B, L, d), (B,) -> (B, d)."""
     return F.normalize(last8(hidden, ends).float().mean(1), dim=-1)
 
-# ---- losses --------------------------------------------------------------------------------------------------------
-
+# ---- losses ----------------------------------------------------------------------------------------------------------
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum over N tokens of -log_softmax(hidden @ weight.T)[target]: hidden (N, d), weight (V, d), targets (N,) -> scalar.
-
-    The (N, V) logits never exist as a whole, and both gradients are made in the forward pass, while a chunk's logits are at
-    hand: d loss / d logits = softmax - onehot. Three matrix products, where recomputing the logits would take four."""
-
+    The (N, V) logits never exist as a whole, and both gradients are made in the forward pass, while a chunk's logits are
+    at hand: d loss / d logits = softmax - onehot. Three matrix products, where recomputing the logits would take four."""
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk=512):
         total = torch.zeros((), device=hidden.device)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        for i in range(0, len(hidden), chunk):
-            h, y = hidden[i:i + chunk], targets[i:i + chunk, None]                   # (c, d), (c, 1)
-            logp = F.log_softmax((h @ weight.T).float(), dim=-1)                     # (c, V)
-            total -= logp.gather(1, y).sum()
-            grad = logp.exp_().scatter_add_(1, y, logp.new_full(y.shape, -1)).to(h.dtype)  # (c, V) softmax - onehot
-            grad_hidden[i:i + chunk] = grad @ weight
-            grad_weight += grad.T @ h
-            del logp, grad  # or two chunks are alive at once
+        for h, y, grad_h in zip(hidden.split(chunk), targets[:, None].split(chunk), grad_hidden.split(chunk)):
+            grad = F.log_softmax((h @ weight.T).float(), dim=-1)                     # (c, V) log-probabilities
+            total -= grad.gather(1, y).sum()
+            grad = grad.exp_().scatter_add_(1, y, grad.new_full(y.shape, -1)).to(h.dtype)  # (c, V) softmax - onehot
+            grad_h.copy_(grad @ weight)                                              # (c, d)
+            grad_weight += grad.T @ h                                                # (V, d)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
 
@@ -280,58 +263,50 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def bag_loss(logits, targets):
     """Sum over rows of -mean_{v in U} log_softmax(max over the eight positions)[v], as the released code has it.
-
-    logits (B, 8, V); targets (B, U): a row's unique target ids, padded with -100. A row without any adds nothing: divide by
-    the number of the others for the mean."""
+    logits (B, 8, V); targets (B, U): a row's unique target ids, padded with -100. A row without any adds nothing: divide
+    by the number of the others for the mean."""
     logp = logits.float().max(1).values.log_softmax(-1)                              # (B, V)
     real = targets >= 0                                                              # (B, U)
     picked = logp.gather(1, targets.clamp(min=0)) * real                             # (B, U)
     return -(picked.sum(1) / real.sum(1).clamp(min=1)).sum()
 
 def total_loss(losses, counts, ar_weight=1.0, bow_weight=0.1):
-    """L = L_AR + 0.1 mean(L_EBAE, L_EBAR), of these two only those with any target. losses (3,), counts (3,) -> scalar."""
+    """L = L_AR + 0.1 mean(L_EBAE, L_EBAR), of these two only those with any target. losses, counts (3,) -> scalar."""
     ar, ebae, ebar = losses
     return ar_weight * ar + bow_weight * (ebae + ebar) / (counts[1:] > 0).sum().clamp(min=1)
 
-# ---- model ---------------------------------------------------------------------------------------------------------
-
+# ---- model -----------------------------------------------------------------------------------------------------------
 class Llara(nn.Module):
     """A HF causal language model and its Prompts, with the pretext tasks on top. It adds no weights."""
-
     def __init__(self, lm, prompts):
         super().__init__()
         self.lm, self.prompts = lm, prompts
 
-    def hidden(self, input_ids, **where):
-        """Last hidden states, after the final norm: (B, L) -> (B, L, d). base_model is the decoder without its head."""
-        return self.lm.base_model(input_ids=input_ids, use_cache=False, **where).last_hidden_state
-
     def forward(self, batch):
         """A batch of `collate` -> (3,) float32: L_AR, L_EBAE, L_EBAR, each a sum divided by batch["counts"].
-
         With the counts of the global batch in each of its micro-batches, these add up to the loss of the global batch,
         however it is split. The head is applied where a loss needs it and nowhere else, and in here, for FSDP gathers its
         weights during the forward of the root module alone."""
         ids, n, head = batch["input_ids"], len(self.prompts.prefix), self.lm.get_output_embeddings()
         start = n + batch["lengths"]                                                 # (B,) where SELF begins
+        end = start + len(self.prompts.SELF)                                         # (B,) where NEXT begins
         mask, positions = joint_mask(start, len(self.prompts.SELF), ids.shape[1])
-        hidden = self.hidden(ids, attention_mask=mask, position_ids=positions)       # (B, L, d)
+        hidden = self.lm.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                                    use_cache=False).last_hidden_state               # (B, L, d), after the last norm
         column = torch.arange(1, ids.shape[1], device=ids.device)                    # (L-1,) of the token to predict
         passage = (column >= n) & (column < start[:, None])                          # (B, L-1)
         ar = ChunkedCrossEntropy.apply(hidden[:, :-1][passage], head.weight, ids[:, 1:][passage])
-        end = start + len(self.prompts.SELF)                                         # (B,) where NEXT begins
         ebae = bag_loss(head(last8(hidden, end)), batch["self_targets"])             # of (B, 8, V) logits
         ebar = bag_loss(head(last8(hidden, end + len(self.prompts.NEXT))), batch["next_targets"])
         return torch.stack([ar, ebae, ebar]) / batch["counts"].clamp(min=1)
 
     def embed(self, input_ids, lengths):
-        """Right-padded sequences prefix + text + prompt, (B, L) ids and (B,) lengths -> (B, d) float32 unit rows. Without a mask:
+        """Sequences prefix + text + prompt, right-padded: (B, L) ids, (B,) lengths -> (B, d) float32 unit rows. No mask:
         causality hides the pads, and the fast attention kernels run."""
-        return pool(self.hidden(input_ids), lengths)
+        return pool(self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state, lengths)
 
 def load(name):
     """A HF causal language model (hub name or folder) and its tokenizer, ready for `Llara`, with <s1>..<s16> in both.
-
     float32 whatever the file holds: in bfloat16 a step of 1e-5 on a weight of 0.02 is rounded away. sdpa: eager adds a
     boolean mask as 0/1 and flash attention takes none. No code from the folder is run. BadInput if it cannot be used."""
     try:
@@ -341,41 +316,37 @@ def load(name):
     except (OSError, ValueError) as e:
         raise BadInput(f"{name}: not loadable as a causal language model: {str(e).strip().splitlines()[0]}") from e
     if info["missing_keys"] or not tokenizer.is_fast:
-        raise BadInput(f"{name}: a complete causal language model with a fast tokenizer is needed; missing: "
-                       f"{sorted(info['missing_keys'])[:3] or 'tokenizer.json'}")
-    # New rows start from the mean of the old: a random row would stand apart from all others, draw attention to itself and
-    # take probability from every real token.
-    layers, old = (lm.get_input_embeddings(), lm.get_output_embeddings()), len(tokenizer)
-    new = [token for token in SPECIAL if token not in tokenizer.get_vocab()]
+        raise BadInput(f"{name}: missing {sorted(info['missing_keys'])[:3] or 'a fast tokenizer (tokenizer.json)'}")
+    new, old = [token for token in SPECIAL if token not in tokenizer.get_vocab()], len(tokenizer)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
-    if len(tokenizer) > layers[0].num_embeddings:  # some models have spare rows
+    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:  # some models have spare rows
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
-        for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
-            layer.weight[tokenizer.convert_tokens_to_ids(new)] = layer.weight[:old].mean(0)
-        # Will the joint pass be right on this architecture? Of 4 + 4 + 4 tokens, as if a passage, SELF and NEXT:
-        body, ids, (mask, positions) = lm.base_model, torch.arange(12)[None], joint_mask(torch.tensor([4]), 4, 12)
-        joint = body(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state[:, 8:]
-        alone = body(input_ids=ids[:, [0, 1, 2, 3, 8, 9, 10, 11]], use_cache=False).last_hidden_state[:, 4:]
-        logits = lm(input_ids=ids[:, [0, 1, 2, 3, 8, 9, 10, 11]], use_cache=False).logits[:, 4:]
-        if not (torch.allclose(joint, alone, atol=1e-3) and torch.allclose(logits, layer(alone), atol=1e-3) and layer.bias is None):
-            raise BadInput(f"{name}: a {type(lm).__name__} ignores the mask or the positions, or scales its logits: not supported")
+        for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):  # new rows start from the mean of the old:
+            layer.weight[tokenizer.convert_tokens_to_ids(new)] = layer.weight[:old].mean(0)  # a random one would stand
+            # apart from all others, draw attention to itself and take probability from every real token
+        # Is the joint pass right on this architecture? Of 4 + 4 + 4 tokens, as if a passage, SELF and NEXT:
+        ids, (mask, positions) = torch.arange(12)[None], joint_mask(torch.tensor([4]), 4, 12)
+        joint = lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 8:]
+        two = torch.cat([ids[:, :4], ids[:, 8:]], 1)
+        alone = layer(lm.base_model(input_ids=two, use_cache=False).last_hidden_state[:, 4:])
+        if layer.bias is not None or not torch.allclose(joint, alone, rtol=1e-3, atol=1e-3):
+            raise BadInput(f"{name}: {type(lm).__name__} ignores mask or positions, or scales its logits: not supported")
     return lm, tokenizer
 
 def small_model(texts, folder, vocab_size=2048):
     """Writes a Llama of 2 layers with random weights and a byte-level BPE tokenizer trained on `texts` to a folder.
-
     Embeddings are tied: a state near a word's embedding then predicts that word, and EBAE is learnt soonest."""
-    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<s>", "</s>", *SPECIAL],
-                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<s>", "</s>", *SPECIAL], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     LlamaForCausalLM(LlamaConfig(
-        vocab_size=bpe.get_vocab_size(), hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=1)).save_pretrained(folder)
+        vocab_size=bpe.get_vocab_size(), hidden_size=128, intermediate_size=384, num_hidden_layers=2, tie_word_embeddings=True,
+        num_attention_heads=4, max_position_embeddings=2048, bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
 
 MODEL_CARD = """---
 library_name: transformers
@@ -398,89 +369,75 @@ print(embed("A llama is a camelid.", SELF) @ embed("What is a llama?", NEXT))
 """
 
 def save(lm, tokenizer, folder, card="", state_dict=None):
-    """An ordinary HF folder: safetensors, config, tokenizer, and `card` as its README.md. The files are written aside and
-    then renamed, so that nobody ever meets half a file."""
-    aside = Path(folder) / "saving.tmp"
-    lm.save_pretrained(aside, state_dict=state_dict)
-    tokenizer.save_pretrained(aside)
-    (aside / "README.md").write_text(card, encoding="utf-8")
-    for file in aside.iterdir():
-        os.replace(file, Path(folder) / file.name)
-    aside.rmdir()
+    """An ordinary HF folder: safetensors, config, tokenizer, and `card` as its README.md."""
+    lm.save_pretrained(folder, state_dict=state_dict)
+    tokenizer.save_pretrained(folder)
+    (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
 @torch.inference_mode()
 def encode(model, tokenizer, texts, prompt="self", max_length=512, batch_size=32):
     """Embeds texts: -> (n, d) float32 numpy, unit rows. prompt: "self" for passages, "next" for queries.
-
     model: from AutoModel or AutoModelForCausalLM, of any dtype, on any device. max_length, in tokens, includes the prompt.
     The result does not depend on the batch: padding is on the right, where causal attention never looks."""
     prompts = make_prompts(tokenizer)
     prompt = {"self": prompts.SELF, "next": prompts.NEXT}[prompt]
-    out, room = np.empty((len(texts), model.config.hidden_size), np.float32), max_length - len(prompts.prefix) - len(prompt)
-    ids = [tokenizer(text, add_special_tokens=False, truncation=True, max_length=room, split_special_tokens=True).input_ids
-           for text in texts]
+    limit = dict(truncation=True, max_length=max_length - len(prompts.prefix) - len(prompt))
+    ids = [tokenizer(t, add_special_tokens=False, split_special_tokens=True, **limit).input_ids for t in texts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # like lengths together: little padding
+    out = np.empty((len(ids), model.config.hidden_size), np.float32)
     for rows in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
         batch = [[*prompts.prefix, *ids[r], *prompt] for r in rows]
         hidden = model.base_model(input_ids=pad(batch).to(model.device), use_cache=False).last_hidden_state  # (b, L, d)
-        out[rows] = pool(hidden, torch.tensor([len(row) for row in batch], device=model.device)).cpu().numpy()
+        out[rows] = pool(hidden, torch.tensor([*map(len, batch)], device=model.device)).cpu().numpy()
     return out
 
-# ---- training ------------------------------------------------------------------------------------------------------
-
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "A10": 125e12}  # FLOP/s, dense bf16
-
-def data_files(names):
-    """The .jsonl and .jsonl.gz files that --data names, folders opened."""
-    files = []
-    for path in map(Path, names):
-        files += sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz"))) if path.is_dir() else [path]
-    if not files:
-        raise BadInput(f"--data {' '.join(map(str, names))}: no .jsonl or .jsonl.gz file in there")
-    return files
+# ---- training --------------------------------------------------------------------------------------------------------
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s
+FREE = ("output", "resume", "overwrite", "save_every", "micro_batch_size", "workers")  # may differ at --resume
 
 def unigram_levels(examples, vocab_size):
-    """(3,) The losses AR, EBAE and EBAR of always predicting the targets' frequencies: what word frequencies alone score."""
+    """(3,) AR, EBAE and EBAR of always predicting the targets' frequencies: what knowing word frequencies alone scores."""
     counts = np.zeros((3, vocab_size))
     for _, passage, *bags in examples:
         np.add.at(counts[0], passage, 1)
         for row, bag in zip(counts[1:], bags):
-            row[bag] += 1 / max(1, len(bag))  # each row has the same weight in the loss, not each target
+            row[bag] += 1 / max(1, len(bag))  # in the loss each row weighs the same, not each target
     p = counts / counts.sum(1, keepdims=True).clip(1)
     return -(p * np.log(p.clip(1e-30))).sum(1)
 
 def shard(model, device):
-    """FSDP2 on any number of ranks, one included: each decoder layer, then the rest (tied embedding and head stay together).
-
-    Weights, gradients and moments in float32, sharded; on CUDA computes in bfloat16, whose exponent is float32's: no loss
-    scaling. Gradients are reduced in float32."""
+    """FSDP2 on any number of ranks, one included: each decoder layer, then the rest (tied embeddings stay together).
+    Float32 weights, gradients and moments, sharded; on CUDA the compute is bfloat16, whose exponent is float32's (so no
+    loss scaling), and gradients are summed in float32."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    kwargs = dict(mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)) if device.type == "cuda" else {}
+    mixed = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if device.type == "cuda" else {}
     for module in [m for m in model.modules() if type(m).__name__ in (model.lm._no_split_modules or ())]:
-        fully_shard(module, mesh=mesh, **kwargs)
-    return fully_shard(model, mesh=mesh, **kwargs)
+        fully_shard(module, mesh=mesh, **mixed)
+    return fully_shard(model, mesh=mesh, **mixed)
 
-def checkpoint(model, optimizer, args, step=None):
-    """With a step: saves what --resume needs as output/checkpoint-STEP, written aside, renamed when whole; the older one goes
-    only then. Without: restores the newest and returns its step; any number of ranks may read what any other wrote."""
-    weights, moments = get_state_dict(model, optimizer)
-    state, out = {"model": weights, "optimizer": moments}, Path(args.output)
-    old = sorted(out.glob("checkpoint-*"))
-    if step is None:
-        run = json.loads((old[-1] / "run.json").read_text())
-        for key, value in vars(args).items():
-            if key not in ("output", "resume", "overwrite", "save_every", "micro_batch_size", "workers") and value != run["args"][key]:
-                raise BadInput(f"--resume continues a run as it was begun: its --{key.replace('_', '-')} was {run['args'][key]}")
-        dcp.load(state, checkpoint_id=old[-1])
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        return run["step"]
+def save_checkpoint(model, optimizer, args, step):
+    """What --resume needs, as output/checkpoint-STEP: written aside, renamed when whole; only then the older one goes."""
+    out, state = Path(args.output), dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
     dcp.save(state, checkpoint_id=out / "checkpoint.tmp")  # each rank its shards
     if dist.get_rank() == 0:
-        (out / "checkpoint.tmp" / "run.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=1))
+        old = list(out.glob("checkpoint-*"))
+        (out / "checkpoint.tmp" / "run.json").write_text(json.dumps({"step": step, "args": vars(args)}))
         os.rename(out / "checkpoint.tmp", out / f"checkpoint-{step:08d}")
         for folder in old:
             shutil.rmtree(folder)
     dist.barrier()
+
+def load_checkpoint(model, optimizer, args):
+    """Restores the newest checkpoint, written on any number of ranks; -> the step to go on with."""
+    newest = max(Path(args.output).glob("checkpoint-*"))
+    run = json.loads((newest / "run.json").read_text())
+    for key in vars(args).keys() - FREE:
+        if vars(args)[key] != run["args"][key]:
+            raise BadInput(f"--resume continues a run as it began: with --{key.replace('_', '-')} {run['args'][key]}")
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    dcp.load(state, checkpoint_id=newest)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return run["step"]
 
 def adapt(model, item, args):
     """Forward and backward over this rank's micro-batches of one step; returns their losses (micro-batches, 3)."""
@@ -488,69 +445,71 @@ def adapt(model, item, args):
     for micro in item["micros"]:
         losses.append(model({**{k: v.to(model.lm.device) for k, v in micro.items()}, "counts": counts}))
         loss = total_loss(losses[-1], counts, args.ar_weight, args.bow_weight)
-        (loss * dist.get_world_size()).backward()  # FSDP will take the mean over the ranks where a sum is due
+        (loss * dist.get_world_size()).backward()  # FSDP will take the mean over the ranks where the sum is due
     return torch.stack(losses).detach()
 
-def train(args):
+def prepare(args):
+    """Checks --output against what is asked, fills in the default data and model, and opens all. -> lines, lm, tokenizer"""
     rank, world, out = dist.get_rank(), dist.get_world_size(), Path(args.output)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if args.resume and not list(out.glob("checkpoint-*")):
         raise BadInput(f"--resume: no checkpoint in {out}")
     if not (args.resume or args.overwrite) and out.exists() and any(out.iterdir()):
-        raise BadInput(f"--output {out} is in use: continue with --resume, start anew with --overwrite, or name another folder")
+        raise BadInput(f"--output {out} is in use: --resume continues, --overwrite starts anew, or name another folder")
     if args.batch_size % (args.micro_batch_size * world):
-        raise BadInput(f"--batch-size {args.batch_size} must be a multiple of --micro-batch-size {args.micro_batch_size} x {world} ranks")
-    files = data_files(args.data or [out / "python-docs.jsonl"])
-    dist.barrier()
+        raise BadInput(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size} x "
+                       f"{world} ranks")
+    dist.barrier()  # all have looked
     if rank == 0 and not args.resume:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         if not args.data:
-            python_docs(files[0])
+            python_docs(out / "python-docs.jsonl")
     dist.barrier()
-    lines = Lines(files, out)
+    lines = Lines(args.data or [out / "python-docs.jsonl"], out)
     if rank == 0 and not (args.model or args.resume):
         torch.manual_seed(args.seed)
-        small_model((article(lines.row(i))[:5000] for i in range(0, len(lines.lengths), len(lines.lengths) // 2000 + 1)
-                     if lines.lengths[i] > 2), out / "base")
+        some = range(0, len(lines.lengths), len(lines.lengths) // 2000 + 1)
+        small_model((article(lines.row(i))[:5000] for i in some if lines.lengths[i] > 2), out / "base")
     dist.barrier()
-    lm, tokenizer = load(args.model or out / "base")
-    model = Llara(lm, make_prompts(tokenizer))
+    return lines, *load(args.model or out / "base")
+
+def train(args):
+    rank, world, out = dist.get_rank(), dist.get_world_size(), Path(args.output)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    lines, lm, tokenizer = prepare(args)
+    model, config = Llara(lm, make_prompts(tokenizer)), lm.config
     steps = Steps(lines, tokenizer, model.prompts, args, rank, world)
     if steps.size == 0:
-        raise BadInput(f"{files[0]}: no article is long enough for two passages of {steps.room} tokens: lower --max-length")
+        raise BadInput(f"{lines.paths[0]}: no text is long enough for two passages of {steps.room} tokens (--max-length)")
     n_all, n_head = sum(p.numel() for p in model.parameters()), lm.get_output_embeddings().weight.numel()
-    n_body = n_all - n_head * (1 if lm.config.tie_word_embeddings else 2)
-    if args.gradient_checkpointing:  # renamed in transformers 5.23
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+    if args.gradient_checkpointing:
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # renamed in 5.23
         enable({"use_reentrant": False})
     shard(model, device).train()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=True)
-    start = checkpoint(model, optimizer, args) if args.resume else 0
-
-    log = bar = None
+    start = load_checkpoint(model, optimizer, args) if args.resume else 0
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, args.steps), num_workers=args.workers)
     if rank == 0:
-        sample = steps.examples(np.random.default_rng(args.seed).permutation(steps.size)[:2048])
-        print(f"model      {args.model or 'a small Llama from scratch (--model names a real one)'}: {n_all / 1e6:.1f} M parameters\n"
-              f"data       {len(files)} files, {len(lines.lengths):,} lines, {steps.size:,} examples of up to {steps.room} tokens\n"
-              f"step       {args.batch_size} examples, ~{np.mean([len(e[1]) for e in sample]) * args.batch_size:,.0f} passage tokens, in "
-              f"micro-batches of {args.micro_batch_size} on {world} x {device.type}; {args.steps} steps = "
+        sample = steps.examples(permutation(args.seed, 0, steps.size)[:2048])
+        tokens = args.batch_size * np.mean([len(passage) for _, passage, *_ in sample])
+        print(f"model      {args.model or 'a small Llama from scratch; --model names a real one'}: {n_all:,} parameters\n"
+              f"data       {len(lines.lengths):,} lines in {len(lines.paths)} files, {steps.size:,} examples\n"
+              f"step       {args.batch_size} examples, ~{tokens:,.0f} tokens of passages, in micro-batches of "
+              f"{args.micro_batch_size} on {world} x {device.type}; {args.steps} steps = "
               f"{args.steps * args.batch_size / steps.size:.2f} epochs\n"
-              "yardstick  ln V {:.3f}: knows nothing. Unigram level AR {:.3f} EBAE {:.3f} EBAR {:.3f}: knows word frequencies only"
-              .format(math.log(lm.config.vocab_size), *unigram_levels(sample, lm.config.vocab_size)), flush=True)
-        kept = (out / "log.jsonl").read_text().splitlines(True)[:start] if start else []  # a line a step
-        (out / "log.tmp").write_text("".join(kept))
-        os.replace(out / "log.tmp", out / "log.jsonl")
+              "yardstick  ln V {:.3f} knows nothing; unigram level AR {:.3f} EBAE {:.3f} EBAR {:.3f} knows word frequencies"
+              .format(math.log(config.vocab_size), *unigram_levels(sample, config.vocab_size)), flush=True)
+        before = (out / "log.jsonl").read_text().splitlines(True)[:start] if start else []  # a line a step
+        (out / "log.jsonl").write_text("".join(before))
         log, bar = open(out / "log.jsonl", "a", buffering=1), tqdm(initial=start, total=args.steps, unit="step")
     peak = next((v for k, v in PEAK.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
     then = time.perf_counter()
     for step, item in enumerate(loader, start):
         if isinstance(item, BadInput):
-            checkpoint(model, optimizer, args, step)
+            save_checkpoint(model, optimizer, args, step)
             raise BadInput(f"{item}; saved at step {step}, go on with --resume")
-        torch.manual_seed(args.seed + step * world + rank)  # for dropout, where a model has it: the same again after --resume
-        lr = args.lr * min((step + 1) / max(1, args.warmup * args.steps), (args.steps - step) / (args.steps * (1 - args.warmup)))
+        torch.manual_seed(args.seed + step * world + rank)  # for models with dropout: the same again after --resume
+        lr = args.lr * min((step + 1) / (args.warmup * args.steps + 1e-9), (args.steps - step) / (args.steps * (1 - args.warmup)))
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses = torch.zeros(len(item["lines"]), 3, device=device)                   # (micro-batches of all ranks, 3)
@@ -560,36 +519,39 @@ def train(args):
         if not (losses.isfinite().all() and norm.isfinite()):
             bad = (~losses.isfinite().all(1)).tolist()
             rows = [line for part, b in zip(item["lines"], bad) if b or not any(bad) for line in part]
-            raise BadInput(f"step {step}: loss or gradient is not finite; nothing was updated. Rows: {', '.join(rows)}. Look at "
-                           "these, or lower --lr; the last checkpoint is untouched")
+            raise BadInput(f"step {step}: loss or gradient is not finite, and nothing was updated; it came of "
+                           f"{', '.join(rows)}: look at these lines, or lower --lr")
         optimizer.step()
         optimizer.zero_grad()
-        (ar, ebae, ebar), lengths, now = losses.sum(0).tolist(), np.array(item["lengths"]), time.perf_counter()
-        # FLOPs: 6 a parameter a token (the head: at the passage and 16 tokens), causal attention 6 d L^2 a layer. Recomputing
-        # is not counted.
+        terms, lengths, now = losses.sum(0).cpu(), item["lengths"].numpy(), time.perf_counter()
+        # FLOPs: 6 a weight a token (the head's: at passage and 16 special tokens), causal attention 6 d L^2 a layer; what
+        # checkpointing recomputes does not count
         heads = lengths.sum() - len(lengths) * (sum(map(len, model.prompts)) - 16)
-        flops = 6 * (n_body * lengths.sum() + n_head * heads + lm.config.num_hidden_layers * lm.config.hidden_size * (lengths ** 2).sum())
+        flops = 6 * ((n_all - n_head * (1 if config.tie_word_embeddings else 2)) * lengths.sum() + n_head * heads
+                     + config.num_hidden_layers * config.hidden_size * (lengths ** 2).sum())
         memory = torch.cuda.max_memory_allocated() if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if rank == 0:
-            row = {"step": step, "loss": total_loss((ar, ebae, ebar), item["counts"], args.ar_weight, args.bow_weight).item(), "AR": ar,
-                   "EBAE": ebae, "EBAR": ebar, "lr": lr, "grad_norm": norm.item(), "tokens/s": lengths.sum() / (now - then),
-                   "padding": item["padding"], "GB": memory / 2**30, **({"MFU": flops / (now - then) / peak / world} if peak else {})}
-            log.write(json.dumps(row) + "\n")
-            bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "padding")), refresh=False)
-            bar.update()
+        row = {"step": step, "loss": total_loss(terms, item["counts"], args.ar_weight, args.bow_weight).item(),
+               **dict(zip(("AR", "EBAE", "EBAR"), terms.tolist())), "lr": lr, "grad_norm": norm.item(),
+               "tokens/s": lengths.sum() / (now - then), "padding": item["padding"], "GB": memory / 2**30,
+               **({"MFU": flops / (now - then) / peak / world} if peak else {})}
         then = now
+        if rank == 0:
+            log.write(json.dumps(row) + "\n")
+            bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "padding")), False)
+            bar.update()
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            checkpoint(model, optimizer, args, step + 1)
+            save_checkpoint(model, optimizer, args, step + 1)
     weights = get_model_state_dict(model.lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         bar.close()
-        save(lm, tokenizer, out, MODEL_CARD.format(**{**vars(args), **globals(), "base": args.model or "a small random model",
-                                                     "data": ", ".join(f.name for f in files)}), weights)
+        card = MODEL_CARD.format(**{**globals(), **vars(args), "base": args.model or "a small random model",
+                                    "data": ", ".join(path.name for path in lines.paths)})
+        save(lm, tokenizer, out, card, weights)
         for folder in out.glob("checkpoint*"):
             shutil.rmtree(folder)
         print(f"saved to {out}; {out}/README.md says how to embed with it")
 
-# Without --model, settings that a small model from scratch learns by in minutes; with it, those of the paper.
+# Without --model, settings by which a small model learns from scratch in minutes; with it, those of the paper.
 SMALL = dict(steps=400, batch_size=64, micro_batch_size=16, max_length=112, lr=5e-3, bow_weight=1.0)
 PAPER = dict(steps=10000, batch_size=256, micro_batch_size=8, max_length=1024, lr=1e-5, bow_weight=0.1)
 
@@ -597,7 +559,7 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description="Adapt a causal language model to dense retrieval with EBAE and EBAR.")
     two = {k: f" (default: {SMALL[k]:g}, with --model {PAPER[k]:g})" for k in SMALL}
     add = parser.add_argument_group("what").add_argument
-    add("--data", nargs="+", help='.jsonl or .jsonl.gz files or folders: rows {"text"[, "title"]} or {"input", "output_summarize", '
+    add("--data", nargs="+", help='.jsonl[.gz] files or folders: rows {"text"[, "title"]} or {"input", "output_summarize", '
         '"output_predict"} (default: the documentation of Python itself)')
     add("--model", help="hub name or folder of a causal language model (default: a small Llama from scratch)")
     add("--output", default="out", help="folder for log.jsonl, checkpoints and at last the model (default: out)")
@@ -606,7 +568,7 @@ def arguments(argv=None):
     add = parser.add_argument_group("how much").add_argument
     add("--steps", type=int, help="updates" + two["steps"])
     add("--batch-size", type=int, help="examples a step, over all ranks" + two["batch_size"])
-    add("--micro-batch-size", type=int, help="examples a forward: changes memory, not results" + two["micro_batch_size"])
+    add("--micro-batch-size", type=int, help="examples a forward; memory, not results" + two["micro_batch_size"])
     add("--max-length", type=int, help="tokens of the joint sequence, prompts included" + two["max_length"])
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
     add("--save-every", type=int, default=500, help="steps between checkpoints (default: 500)")
@@ -624,9 +586,10 @@ def arguments(argv=None):
 
 def main():
     args, cuda = arguments(), torch.cuda.is_available()
+    logging.disable_progress_bar()  # transformers' own
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # no torchrun
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # without torchrun
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     try:
         train(args)
