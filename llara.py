@@ -56,13 +56,13 @@ def make_prompts(tokenizer):
 
 # ---- data: lines -> passages -> examples -> steps --------------------------------------------------------------------
 # The English stop words of NLTK, as in the released code; those with an apostrophe cannot occur once [\W_]+ is gone.
-STOP_WORDS = frozenset("""i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she
-her hers herself it its itself they them their theirs themselves what which who whom this that these those am is are was
-were be been being have has had having do does did doing a an the and but if or because as until while of at by for with
-about against between into through during before after above below to from up down in out on off over under again further
-then once here there when where why how all any both each few more most other some such no nor not only own same so than
-too very s t can will just don should now d ll m o re ve y ain aren couldn didn doesn hadn hasn haven isn ma mightn mustn
-needn shan shouldn wasn weren won wouldn""".split())
+STOP_WORDS = frozenset("""i me my myself we our ours ourselves you your yours yourself yourselves he him his himself
+she her hers herself it its itself they them their theirs themselves what which who whom this that these those am is
+are was were be been being have has had having do does did doing a an the and but if or because as until while of at
+by for with about against between into through during before after above below to from up down in out on off over
+under again further then once here there when where why how all any both each few more most other some such no nor not
+only own same so than too very s t can will just don should now d ll m o re ve y ain aren couldn didn doesn hadn hasn
+haven isn ma mightn mustn needn shan shouldn wasn weren won wouldn""".split())
 SENTENCE_END = re.compile(r"""[.!?]["')\]]*\s+|[。！？]|\n""")
 
 def content_words(text):
@@ -80,70 +80,67 @@ def article(row):
     return "\n".join(filter(None, [row.get("title"), row.get("text", row.get("input"))]))
 
 class Lines:
-    """Random access to the rows of .jsonl files, by byte offset: 16 bytes a line are held, however large the files. A .gz
-    has no random access: it costs an unpacked copy, in an unnamed file in the folder `scratch`, while the process lives."""
+    """Random access to the rows of .jsonl files by byte offset: 16 bytes a line are held. A .gz has no random access:
+    it costs an unpacked copy, in an unnamed file in the folder `scratch`, for as long as the process lives."""
     def __init__(self, paths, scratch=None):
         self.paths, self.files, lengths = [], [], []
         for path in map(Path, paths):
-            inside = path.is_dir() and sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz")))
-            self.paths += inside or [path]
-        for path in self.paths:
-            try:
+            self.paths += sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
+        try:
+            for path in self.paths:
                 self.files.append(open(path, "rb"))
                 if path.suffix == ".gz":
                     packed, self.files[-1] = gzip.open(self.files[-1]), tempfile.TemporaryFile(dir=scratch)
                     shutil.copyfileobj(packed, self.files[-1])
                     self.files[-1].seek(0)
                 lengths.append(np.fromiter(map(len, self.files[-1]), np.int64))  # one scan for newlines, no parsing
-            except (OSError, EOFError) as e:
-                raise BadInput(f"{path}: no readable .jsonl or .jsonl.gz file, nor a folder of such ({e})") from None
+        except (OSError, EOFError) as e:
+            raise BadInput(f"--data {path}: {e}") from None
         self.first = np.cumsum([0, *map(len, lengths)])  # line of each file
-        self.starts, self.lengths = np.concatenate([n.cumsum() - n for n in lengths]), np.concatenate(lengths)
+        self.lengths = np.concatenate([np.zeros(0, np.int64), *lengths])
+        self.starts = np.concatenate([self.lengths[:0], *(n.cumsum() - n for n in lengths)])
 
-    def name(self, i):
+    def __getitem__(self, i):
+        """-> "file:line" and line i as a dict of one of the two formats; BadInput if it is anything else."""
         file = np.searchsorted(self.first, i, side="right") - 1
-        return f"{self.paths[file]}:{i - self.first[file] + 1}"
-
-    def row(self, i):
-        """Line i as a dict of one of the two formats. BadInput, with file and line, if it is anything else."""
-        file = self.files[np.searchsorted(self.first, i, side="right") - 1].fileno()
+        name = f"{self.paths[file]}:{i - self.first[file] + 1}"
         try:
-            row = json.loads(os.pread(file, self.lengths[i], self.starts[i]))  # pread: the workers share the file
+            row = json.loads(os.pread(self.files[file].fileno(), self.lengths[i], self.starts[i]))
             keys = ("input", "output_summarize", "output_predict") if "input" in row else ("text",)
             "".join([row.get("title") or "", *(row[key] for key in keys)]).encode()  # a lone surrogate fails here
             if not row[keys[0]].strip():
                 raise ValueError("empty text")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            raise BadInput(f'{self.name(i)}: not a row {{"text": ..}} or {{"input": .., "output_summarize": .., "output_'
-                           f'predict": ..}} ({type(e).__name__}: {e}); mend or empty this line') from None
-        return row
+            raise BadInput(f'{name}: not a row {{"text": ..}} nor {{"input": .., "output_summarize": .., '
+                           f'"output_predict": ..}} ({type(e).__name__}: {e}); mend it or make it empty') from None
+        return name, row
 
     def count(self, tokenizer, room):
         """-> the number of examples, from the bytes of each line alone, so that nothing is tokenised before step 0: an
-        article of n windows of `room` tokens has n - 1 pairs of adjacent passages, a released row is one example."""
-        size = tokens = 1
-        for i in np.unique(np.linspace(0, len(self.lengths) - 1, 64).astype(int)):  # 64 lines tell the bytes of a token
-            if self.lengths[i] > 2:  # 2: an empty line, "\r\n"
-                text = article(self.row(i))
-                size += self.lengths[i] * len(text[:20000]) / len(text)
-                tokens += len(tokenizer(text[:20000], add_special_tokens=False).input_ids)
+        article of n windows of `room` tokens has n - 1 pairs of adjacent passages, a released row is one example. How
+        many bytes a token takes, 64 lines tell."""
+        size, tokens, full = 1, 1, np.flatnonzero(self.lengths > 2)  # 2: an empty line, "\r\n"
+        for i in full[np.linspace(0, len(full) - 1, 64 * (len(full) > 0)).astype(int)]:
+            text = article(self[i][1])
+            size += self.lengths[i] * len(text[:20000]) / len(text)
+            tokens += len(tokenizer(text[:20000], add_special_tokens=False).input_ids)
         windows = np.ceil(self.lengths / (0.9 * room * size / tokens))  # 0.9: so that few passages are cut
         counts = np.maximum(windows - 1, 0).astype(np.int64)
         for i, j in zip(self.first, self.first[1:]):
-            if i < j and "input" in self.row(i):  # a file is of one format, its first row's
+            if i < j and "input" in self[i][1]:  # a file is of one format, its first row's
                 counts[i:j] = self.lengths[i:j] > 2
         self.ends = counts.cumsum()  # the examples up to and including each line
         return int(counts.sum())
 
     def example(self, i):
-        """-> line, passage, the text of which EBAE predicts the tokens, and that of which EBAR does."""
-        line = int(np.searchsorted(self.ends, i, side="right"))
-        row, k = self.row(line), int(i - (self.ends[line - 1] if line else 0))
+        """-> "file:line", passage, the text of which EBAE predicts the tokens, and that of which EBAR does."""
+        line = np.searchsorted(self.ends, i, side="right")
+        (name, row), k = self[line], int(i - (self.ends[line - 1] if line else 0))
         if "input" in row:
-            return line, row["input"], row["output_summarize"], row["output_predict"]
+            return name, row["input"], row["output_summarize"], row["output_predict"]
         text, n = article(row), int(self.ends[line] - i) + k + 1
         a, b, c = (boundary(text, j, n) for j in (k, k + 1, k + 2))
-        return line, text[a:b].strip(), text[a:b].strip(), text[b:c].strip()
+        return name, text[a:b].strip(), text[a:b].strip(), text[b:c].strip()
 
 def pad(rows, value=0):
     """Lists of ids -> (B, L) tensor, padded on the right."""
@@ -151,24 +148,20 @@ def pad(rows, value=0):
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.long)
 
 def collate(examples, prompts):
-    """Triples (passage ids, EBAE target ids, EBAR target ids) -> a batch: input_ids (B, L), the joint sequences; lengths
-    (B,) of the passages; self_targets (B, U) and next_targets (B, U'), padded with -100; and counts (3,), by which the
-    three losses are divided: the passage tokens, the rows with any EBAE target, those with any EBAR target."""
+    """Triples (passage ids, EBAE target ids, EBAR target ids) -> a batch: input_ids (B, L), joint sequences; lengths
+    (B,) of the passages; self_targets (B, U), next_targets (B, U'), padded with -100; counts (3,), by which the losses
+    are divided: passage tokens, rows with any EBAE target, rows with any EBAR target."""
     passages, targets, following = zip(*examples)
     return {"input_ids": pad([[*prompts.prefix, *p, *prompts.SELF, *prompts.NEXT] for p in passages]),
             "lengths": torch.tensor([len(p) for p in passages]),
             "self_targets": pad(targets, -100), "next_targets": pad(following, -100),
             "counts": torch.tensor([sum(map(len, passages)), sum(map(bool, targets)), sum(map(bool, following))])}
 
-@functools.lru_cache(2)
-def permutation(seed, epoch, n):
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
 class Steps(torch.utils.data.Dataset):
     """Item i is what one rank needs for step i: its micro-batches, prepared in a worker, ahead of the device.
-    The examples of a step are a pure function of seed, epoch and step: a new permutation each epoch, cut into global
-    batches. Only *within* a global batch are they sorted by length and cut into micro-batches; the update does not depend
-    on that cut, so padding is saved at no cost in randomness. To sort, every rank tokenises the whole global batch (a
+    Its examples are a pure function of seed, epoch and step: a new permutation each epoch, cut into global batches.
+    Only *within* a global batch are they sorted by length and cut into micro-batches; the update is independent of
+    that cut, so padding is saved at no cost in randomness. To sort, every rank tokenises the whole global batch (a
     worker's time, not the device's), and so knows the counts of the global batch without asking the others."""
     def __init__(self, lines, tokenizer, prompts, args, rank=0, world=1):
         self.lines, self.tokenizer, self.prompts, self.args = lines, tokenizer, prompts, args
@@ -176,25 +169,29 @@ class Steps(torch.utils.data.Dataset):
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.size = lines.count(tokenizer, self.room)
 
+    @functools.lru_cache(2)
+    def order(self, epoch):
+        return np.random.default_rng([self.args.seed, epoch]).permutation(self.size)
+
     def tokenise(self, texts, **kwargs):  # split: "<s1>" in a text is text, it must not forge a prompt
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, **kwargs)
 
     def examples(self, indices):
-        """-> [(line, passage ids, EBAE target ids, EBAR target ids)]. One window cuts passages and targets alike, so that
-        EBAE never asks for what the model did not see. Targets: unique, without stop words and special tokens."""
-        lines, *columns = zip(*map(self.lines.example, indices))
+        """-> [("file:line", passage ids, EBAE target ids, EBAR target ids)]. One window cuts passage and targets, so
+        that EBAE never asks for what the model did not see. Targets: unique, without stop words and special tokens."""
+        names, *columns = zip(*map(self.lines.example, indices))
         cuts = [self.tokenise(c, truncation=True, max_length=self.room, return_offsets_mapping=True) for c in columns]
         bags = []
         for texts, cut in zip(columns[1:], cuts[1:]):
             words = [content_words(text[:at[-1][1]] if at else "") for text, at in zip(texts, cut.offset_mapping)]
             bags.append([sorted(set(ids) - self.special) for ids in self.tokenise(words).input_ids])
-        return list(zip(lines, cuts[0].input_ids, *bags))
+        return list(zip(names, cuts[0].input_ids, *bags))
 
     def __getitem__(self, step):
         batch, micro = self.args.batch_size, self.args.micro_batch_size
+        places = (divmod(i, self.size) for i in range(step * batch, (step + 1) * batch))
         try:
-            examples = self.examples([permutation(self.args.seed, i // self.size, self.size)[i % self.size]
-                                      for i in range(step * batch, (step + 1) * batch)])
+            examples = self.examples([self.order(epoch)[i] for epoch, i in places])
         except BadInput as e:
             return e  # raised in a worker, it would arrive as a traceback
         examples.sort(key=lambda e: -len(e[1]))  # longest first: too large a micro-batch shows at once
@@ -202,11 +199,11 @@ class Steps(torch.utils.data.Dataset):
         micros = [collate([e[1:] for e in part], self.prompts) for part in parts]
         lengths = torch.tensor([sum(map(len, self.prompts)) + len(e[1]) for e in examples])
         return {"micros": micros[self.rank::self.world], "counts": sum(m["counts"] for m in micros), "lengths": lengths,
-                "lines": [[self.lines.name(e[0]) for e in part] for part in parts],
+                "lines": [[e[0] for e in part] for part in parts],
                 "padding": 1 - lengths.sum().item() / sum(m["input_ids"].numel() for m in micros)}
 
 def python_docs(path):
-    """Writes the documentation that every Python carries as articles: the language reference, each module's docstrings."""
+    """Writes the documentation that every Python carries as articles: language reference and docstrings by module."""
     from pydoc_data.topics import topics
     root, articles = Path(sysconfig.get_path("stdlib")), dict(topics)
     for file in sorted(root.rglob("*.py")):
@@ -240,9 +237,9 @@ def pool(hidden, ends):
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over N tokens of -log_softmax(hidden @ weight.T)[target]: hidden (N, d), weight (V, d), targets (N,) -> scalar.
-    The (N, V) logits never exist as a whole, and both gradients are made in the forward pass, while a chunk's logits are
-    at hand: d loss / d logits = softmax - onehot. Three matrix products, where recomputing the logits would take four."""
+    """Sum over N tokens of -log_softmax(hidden @ weight.T)[target]: hidden (N, d), weight (V, d), targets (N,) -> ().
+    The (N, V) logits never exist as a whole, and both gradients are made in the forward pass, while a chunk's logits
+    are at hand: d loss / d logits = softmax - onehot. Three matrix products; recomputing the logits would take four."""
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk=512):
         total = torch.zeros((), device=hidden.device)
@@ -263,8 +260,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def bag_loss(logits, targets):
     """Sum over rows of -mean_{v in U} log_softmax(max over the eight positions)[v], as the released code has it.
-    logits (B, 8, V); targets (B, U): a row's unique target ids, padded with -100. A row without any adds nothing: divide
-    by the number of the others for the mean."""
+    logits (B, 8, V); targets (B, U): a row's unique target ids, padded with -100. A row without any adds nothing:
+    divide by the number of the others for the mean."""
     logp = logits.float().max(1).values.log_softmax(-1)                              # (B, V)
     real = targets >= 0                                                              # (B, U)
     picked = logp.gather(1, targets.clamp(min=0)) * real                             # (B, U)
@@ -285,8 +282,8 @@ class Llara(nn.Module):
     def forward(self, batch):
         """A batch of `collate` -> (3,) float32: L_AR, L_EBAE, L_EBAR, each a sum divided by batch["counts"].
         With the counts of the global batch in each of its micro-batches, these add up to the loss of the global batch,
-        however it is split. The head is applied where a loss needs it and nowhere else, and in here, for FSDP gathers its
-        weights during the forward of the root module alone."""
+        however it is split. The head is applied where a loss needs it and nowhere else, and in here, for FSDP gathers
+        its weights during the forward of the root module alone."""
         ids, n, head = batch["input_ids"], len(self.prompts.prefix), self.lm.get_output_embeddings()
         start = n + batch["lengths"]                                                 # (B,) where SELF begins
         end = start + len(self.prompts.SELF)                                         # (B,) where NEXT begins
@@ -301,14 +298,14 @@ class Llara(nn.Module):
         return torch.stack([ar, ebae, ebar]) / batch["counts"].clamp(min=1)
 
     def embed(self, input_ids, lengths):
-        """Sequences prefix + text + prompt, right-padded: (B, L) ids, (B,) lengths -> (B, d) float32 unit rows. No mask:
-        causality hides the pads, and the fast attention kernels run."""
+        """Sequences prefix + text + prompt, right-padded: (B, L) ids, (B,) lengths -> (B, d) float32 unit rows. No
+        mask: causality hides the pads, and the fast attention kernels run."""
         return pool(self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state, lengths)
 
 def load(name):
     """A HF causal language model (hub name or folder) and its tokenizer, ready for `Llara`, with <s1>..<s16> in both.
     float32 whatever the file holds: in bfloat16 a step of 1e-5 on a weight of 0.02 is rounded away. sdpa: eager adds a
-    boolean mask as 0/1 and flash attention takes none. No code from the folder is run. BadInput if it cannot be used."""
+    boolean mask as 0/1, flash attention takes none. No code from the folder is run. BadInput if it cannot be used."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         lm, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa",
@@ -322,16 +319,16 @@ def load(name):
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:  # some models have spare rows
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
-        for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):  # new rows start from the mean of the old:
-            layer.weight[tokenizer.convert_tokens_to_ids(new)] = layer.weight[:old].mean(0)  # a random one would stand
-            # apart from all others, draw attention to itself and take probability from every real token
+        # New rows start from the mean of the old: a random one stands apart and takes probability from real tokens.
+        for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+            layer.weight[tokenizer.convert_tokens_to_ids(new)] = layer.weight[:old].mean(0)
         # Is the joint pass right on this architecture? Of 4 + 4 + 4 tokens, as if a passage, SELF and NEXT:
         ids, (mask, positions) = torch.arange(12)[None], joint_mask(torch.tensor([4]), 4, 12)
         joint = lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 8:]
         two = torch.cat([ids[:, :4], ids[:, 8:]], 1)
         alone = layer(lm.base_model(input_ids=two, use_cache=False).last_hidden_state[:, 4:])
         if layer.bias is not None or not torch.allclose(joint, alone, rtol=1e-3, atol=1e-3):
-            raise BadInput(f"{name}: {type(lm).__name__} ignores mask or positions, or scales its logits: not supported")
+            raise BadInput(f"{name}: {type(lm).__name__} ignores mask or positions, or scales its logits; unsupported")
     return lm, tokenizer
 
 def small_model(texts, folder, vocab_size=2048):
@@ -345,8 +342,9 @@ def small_model(texts, folder, vocab_size=2048):
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     LlamaForCausalLM(LlamaConfig(
-        vocab_size=bpe.get_vocab_size(), hidden_size=128, intermediate_size=384, num_hidden_layers=2, tie_word_embeddings=True,
-        num_attention_heads=4, max_position_embeddings=2048, bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
+        vocab_size=bpe.get_vocab_size(), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=2048, initializer_range=128 ** -0.5, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
 
 MODEL_CARD = """---
 library_name: transformers
@@ -377,18 +375,17 @@ def save(lm, tokenizer, folder, card="", state_dict=None):
 @torch.inference_mode()
 def encode(model, tokenizer, texts, prompt="self", max_length=512, batch_size=32):
     """Embeds texts: -> (n, d) float32 numpy, unit rows. prompt: "self" for passages, "next" for queries.
-    model: from AutoModel or AutoModelForCausalLM, of any dtype, on any device. max_length, in tokens, includes the prompt.
+    model: of AutoModel or AutoModelForCausalLM, any dtype, any device. max_length, in tokens, includes the prompt.
     The result does not depend on the batch: padding is on the right, where causal attention never looks."""
-    prompts = make_prompts(tokenizer)
-    prompt = {"self": prompts.SELF, "next": prompts.NEXT}[prompt]
-    limit = dict(truncation=True, max_length=max_length - len(prompts.prefix) - len(prompt))
-    ids = [tokenizer(t, add_special_tokens=False, split_special_tokens=True, **limit).input_ids for t in texts]
+    llara = Llara(model, make_prompts(tokenizer))
+    prefix, prompt = llara.prompts.prefix, {"self": llara.prompts.SELF, "next": llara.prompts.NEXT}[prompt]
+    limit = dict(truncation=True, max_length=max_length - len(prefix) - len(prompt), split_special_tokens=True)
+    ids = [[*prefix, *tokenizer(t, add_special_tokens=False, **limit).input_ids, *prompt] for t in texts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # like lengths together: little padding
     out = np.empty((len(ids), model.config.hidden_size), np.float32)
     for rows in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-        batch = [[*prompts.prefix, *ids[r], *prompt] for r in rows]
-        hidden = model.base_model(input_ids=pad(batch).to(model.device), use_cache=False).last_hidden_state  # (b, L, d)
-        out[rows] = pool(hidden, torch.tensor([*map(len, batch)], device=model.device)).cpu().numpy()
+        batch, lengths = pad([ids[r] for r in rows]), torch.tensor([len(ids[r]) for r in rows])  # (b, L), (b,)
+        out[rows] = llara.embed(batch.to(model.device), lengths.to(model.device)).cpu()
     return out
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -396,7 +393,7 @@ PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 
 FREE = ("output", "resume", "overwrite", "save_every", "micro_batch_size", "workers")  # may differ at --resume
 
 def unigram_levels(examples, vocab_size):
-    """(3,) AR, EBAE and EBAR of always predicting the targets' frequencies: what knowing word frequencies alone scores."""
+    """(3,) AR, EBAE and EBAR of always predicting the targets' frequencies: what word frequencies alone score."""
     counts = np.zeros((3, vocab_size))
     for _, passage, *bags in examples:
         np.add.at(counts[0], passage, 1)
@@ -416,7 +413,7 @@ def shard(model, device):
     return fully_shard(model, mesh=mesh, **mixed)
 
 def save_checkpoint(model, optimizer, args, step):
-    """What --resume needs, as output/checkpoint-STEP: written aside, renamed when whole; only then the older one goes."""
+    """What --resume needs, as output/checkpoint-STEP: written aside, renamed when whole; then the older one goes."""
     out, state = Path(args.output), dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
     dcp.save(state, checkpoint_id=out / "checkpoint.tmp")  # each rank its shards
     if dist.get_rank() == 0:
@@ -449,7 +446,7 @@ def adapt(model, item, args):
     return torch.stack(losses).detach()
 
 def prepare(args):
-    """Checks --output against what is asked, fills in the default data and model, and opens all. -> lines, lm, tokenizer"""
+    """Checks --output against what is asked, makes the default data and model, opens all. -> lines, lm, tokenizer"""
     rank, world, out = dist.get_rank(), dist.get_world_size(), Path(args.output)
     if args.resume and not list(out.glob("checkpoint-*")):
         raise BadInput(f"--resume: no checkpoint in {out}")
@@ -460,16 +457,19 @@ def prepare(args):
                        f"{world} ranks")
     dist.barrier()  # all have looked
     if rank == 0 and not args.resume:
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
+        for ours in [*out.glob("checkpoint*"), out / "base"]:
+            shutil.rmtree(ours, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
         if not args.data:
             python_docs(out / "python-docs.jsonl")
     dist.barrier()
     lines = Lines(args.data or [out / "python-docs.jsonl"], out)
-    if rank == 0 and not (args.model or args.resume):
+    if not (args.model or args.resume):
         torch.manual_seed(args.seed)
         some = range(0, len(lines.lengths), len(lines.lengths) // 2000 + 1)
-        small_model((article(lines.row(i))[:5000] for i in some if lines.lengths[i] > 2), out / "base")
+        texts = [article(lines[i][1])[:5000] for i in some if lines.lengths[i] > 2]
+        if rank == 0:
+            small_model(texts, out / "base")
     dist.barrier()
     return lines, *load(args.model or out / "base")
 
@@ -480,24 +480,25 @@ def train(args):
     model, config = Llara(lm, make_prompts(tokenizer)), lm.config
     steps = Steps(lines, tokenizer, model.prompts, args, rank, world)
     if steps.size == 0:
-        raise BadInput(f"{lines.paths[0]}: no text is long enough for two passages of {steps.room} tokens (--max-length)")
-    n_all, n_head = sum(p.numel() for p in model.parameters()), lm.get_output_embeddings().weight.numel()
-    if args.gradient_checkpointing:
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable  # renamed in 5.23
+        raise BadInput(f"--data: no text is longer than a passage, at this --max-length of {steps.room} tokens")
+    n_all = sum(p.numel() for p in model.parameters())
+    n_used = n_all - (0 if config.tie_word_embeddings else lm.get_input_embeddings().weight.numel())
+    if args.gradient_checkpointing:  # renamed in transformers 5.23
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     shard(model, device).train()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=True)
     start = load_checkpoint(model, optimizer, args) if args.resume else 0
-    loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, args.steps), num_workers=args.workers)
+    loader = torch.utils.data.DataLoader(steps, None, sampler=range(start, args.steps), num_workers=args.workers)
     if rank == 0:
-        sample = steps.examples(permutation(args.seed, 0, steps.size)[:2048])
+        sample = steps.examples(steps.order(0)[:2048])
         tokens = args.batch_size * np.mean([len(passage) for _, passage, *_ in sample])
-        print(f"model      {args.model or 'a small Llama from scratch; --model names a real one'}: {n_all:,} parameters\n"
+        print(f"model      {args.model or 'a small Llama from scratch (--model for another)'}: {n_all:,} parameters\n"
               f"data       {len(lines.lengths):,} lines in {len(lines.paths)} files, {steps.size:,} examples\n"
               f"step       {args.batch_size} examples, ~{tokens:,.0f} tokens of passages, in micro-batches of "
               f"{args.micro_batch_size} on {world} x {device.type}; {args.steps} steps = "
               f"{args.steps * args.batch_size / steps.size:.2f} epochs\n"
-              "yardstick  ln V {:.3f} knows nothing; unigram level AR {:.3f} EBAE {:.3f} EBAR {:.3f} knows word frequencies"
+              "yardstick  ln V {:.3f} knows nothing; unigram level AR {:.3f} EBAE {:.3f} EBAR {:.3f}: word frequencies"
               .format(math.log(config.vocab_size), *unigram_levels(sample, config.vocab_size)), flush=True)
         before = (out / "log.jsonl").read_text().splitlines(True)[:start] if start else []  # a line a step
         (out / "log.jsonl").write_text("".join(before))
@@ -509,7 +510,8 @@ def train(args):
             save_checkpoint(model, optimizer, args, step)
             raise BadInput(f"{item}; saved at step {step}, go on with --resume")
         torch.manual_seed(args.seed + step * world + rank)  # for models with dropout: the same again after --resume
-        lr = args.lr * min((step + 1) / (args.warmup * args.steps + 1e-9), (args.steps - step) / (args.steps * (1 - args.warmup)))
+        done, warmup = step / args.steps, max(args.warmup, 1 / args.steps)
+        lr = args.lr * min((step + 1) / args.steps / warmup, (1 - done) / (1 - warmup + 1e-9))
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses = torch.zeros(len(item["lines"]), 3, device=device)                   # (micro-batches of all ranks, 3)
@@ -519,17 +521,15 @@ def train(args):
         if not (losses.isfinite().all() and norm.isfinite()):
             bad = (~losses.isfinite().all(1)).tolist()
             rows = [line for part, b in zip(item["lines"], bad) if b or not any(bad) for line in part]
-            raise BadInput(f"step {step}: loss or gradient is not finite, and nothing was updated; it came of "
-                           f"{', '.join(rows)}: look at these lines, or lower --lr")
+            save_checkpoint(model, optimizer, args, step)
+            raise BadInput(f"step {step}: loss or gradient is not finite; nothing was updated, all is saved. It came of "
+                           f"{', '.join(rows)}: mend these lines and --resume, or start anew with a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
         terms, lengths, now = losses.sum(0).cpu(), item["lengths"].numpy(), time.perf_counter()
-        # FLOPs: 6 a weight a token (the head's: at passage and 16 special tokens), causal attention 6 d L^2 a layer; what
-        # checkpointing recomputes does not count
-        heads = lengths.sum() - len(lengths) * (sum(map(len, model.prompts)) - 16)
-        flops = 6 * ((n_all - n_head * (1 if config.tie_word_embeddings else 2)) * lengths.sum() + n_head * heads
-                     + config.num_hidden_layers * config.hidden_size * (lengths ** 2).sum())
-        memory = torch.cuda.max_memory_allocated() if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # FLOPs: 6 a token and weight (not input embeddings), causal attention 6 d L^2 a layer; recomputing is not counted
+        flops = 6 * (n_used * lengths.sum() + config.num_hidden_layers * config.hidden_size * (lengths ** 2).sum())
+        memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         row = {"step": step, "loss": total_loss(terms, item["counts"], args.ar_weight, args.bow_weight).item(),
                **dict(zip(("AR", "EBAE", "EBAR"), terms.tolist())), "lr": lr, "grad_norm": norm.item(),
                "tokens/s": lengths.sum() / (now - then), "padding": item["padding"], "GB": memory / 2**30,
@@ -551,38 +551,35 @@ def train(args):
             shutil.rmtree(folder)
         print(f"saved to {out}; {out}/README.md says how to embed with it")
 
-# Without --model, settings by which a small model learns from scratch in minutes; with it, those of the paper.
-SMALL = dict(steps=400, batch_size=64, micro_batch_size=16, max_length=112, lr=5e-3, bow_weight=1.0)
-PAPER = dict(steps=10000, batch_size=256, micro_batch_size=8, max_length=1024, lr=1e-5, bow_weight=0.1)
-
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description="Adapt a causal language model to dense retrieval with EBAE and EBAR.")
-    two = {k: f" (default: {SMALL[k]:g}, with --model {PAPER[k]:g})" for k in SMALL}
-    add = parser.add_argument_group("what").add_argument
-    add("--data", nargs="+", help='.jsonl[.gz] files or folders: rows {"text"[, "title"]} or {"input", "output_summarize", '
-        '"output_predict"} (default: the documentation of Python itself)')
-    add("--model", help="hub name or folder of a causal language model (default: a small Llama from scratch)")
-    add("--output", default="out", help="folder for log.jsonl, checkpoints and at last the model (default: out)")
-    add("--resume", action="store_true", help="continue from the last checkpoint in --output")
-    add("--overwrite", action="store_true", help="empty --output first")
-    add = parser.add_argument_group("how much").add_argument
-    add("--steps", type=int, help="updates" + two["steps"])
-    add("--batch-size", type=int, help="examples a step, over all ranks" + two["batch_size"])
-    add("--micro-batch-size", type=int, help="examples a forward; memory, not results" + two["micro_batch_size"])
-    add("--max-length", type=int, help="tokens of the joint sequence, prompts included" + two["max_length"])
-    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
-    add("--save-every", type=int, default=500, help="steps between checkpoints (default: 500)")
-    add("--workers", type=int, default=1, help="tokenising processes a rank (default: 1)")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=float, help="peak of the learning rate" + two["lr"])
-    add("--warmup", type=float, default=0.1, help="share of the steps; then it falls linearly (default: 0.1)")
-    add("--ar-weight", type=float, default=1.0, help="weight of the language-model loss (default: 1)")
-    add("--bow-weight", type=float, help="weight of the mean of EBAE and EBAR" + two["bow_weight"])
-    add("--seed", type=int, default=0, help="of the order of the data, and of a model from scratch (default: 0)")
+    group = parser.add_argument_group("what")
+    group.add_argument("--data", nargs="+", help='.jsonl[.gz] files or folders: rows {"text"[, "title"]} or {"input", '
+                       '"output_summarize", "output_predict"} (default: the documentation of Python itself)')
+    group.add_argument("--model", help="hub name or folder of a causal LM (default: a small Llama from scratch)")
+    group.add_argument("--output", default="out", help="for log.jsonl, checkpoints, at last the model (default: out)")
+    group.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output")
+    group.add_argument("--overwrite", action="store_true", help="start anew though --output is in use")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    for title, options in {  # the first default is for the small model, the second, the paper's, for --model
+            "how much": [("steps", 600, 10000, "updates"), ("batch-size", 32, 256, "examples a step, over all ranks"),
+                         ("micro-batch-size", 8, 8, "examples in a forward: changes memory, not results"),
+                         ("max-length", 96, 1024, "tokens of the joint sequence, prompts included"),
+                         ("save-every", 500, 500, "steps between checkpoints"),
+                         ("workers", 1, 1, "tokenising processes a rank")],
+            "optimisation": [("lr", 5e-3, 1e-5, "peak of the learning rate"),
+                             ("warmup", 0.1, 0.1, "share of the steps; from there the rate falls linearly to 0"),
+                             ("ar-weight", 1.0, 1.0, "weight of the language-model loss"),
+                             ("bow-weight", 1.0, 0.1, "weight of the mean of EBAE and EBAR"),
+                             ("seed", 0, 0, "of the order of the data, and of a model from scratch")]}.items():
+        group = parser.add_argument_group(title)
+        for name, small, paper, text in options:
+            both = f"{small}" + f", with --model {paper}" * (small != paper)
+            group.add_argument(f"--{name}", type=type(paper), help=f"{text} (default: {both})")
+            parser.set_defaults(**{name.replace("-", "_"): (small, paper)})
     args = parser.parse_args(argv)
-    for key, value in (PAPER if args.model else SMALL).items():
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    return args
+    pick = bool(args.model)
+    return argparse.Namespace(**{k: v[pick] if isinstance(v, tuple) else v for k, v in vars(args).items()})
 
 def main():
     args, cuda = arguments(), torch.cuda.is_available()
@@ -593,7 +590,7 @@ def main():
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     try:
         train(args)
-    except BadInput as e:
+    except (BadInput, OSError) as e:  # OSError: a full disk, no permission
         sys.exit(f"llara.py: {e}" if dist.get_rank() == 0 else 1)
     finally:
         dist.destroy_process_group()
