@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
 """LLaRA in one file: a causal language model becomes a text encoder for dense retrieval (arXiv 2312.15503).
-
 A passage is followed by two prompts, in one sequence, and the model is run once:
 
     " passage ", summarize the above passage within eight words: <s1>..<s8> ", predict the following ..: <s9>..<s16>
@@ -27,11 +26,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as dcp_state
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
@@ -83,23 +81,23 @@ class Lines:
     """Random access to the rows of .jsonl files by byte offset: 16 bytes a line are held. A .gz has no random access:
     it costs an unpacked copy, in an unnamed file in the folder `scratch`, for as long as the process lives."""
     def __init__(self, paths, scratch=None):
-        self.paths, self.files, lengths = [], [], []
-        for path in map(Path, paths):
-            self.paths += sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]
-        try:
-            for path in self.paths:
+        self.paths = sum([sorted(p.glob("*.jsonl*")) if p.is_dir() else [p] for p in map(Path, paths)], [])
+        self.files, self.lengths, self.starts, self.first = [], np.zeros(0, np.int64), np.zeros(0, np.int64), [0]
+        for path in self.paths:
+            try:
                 self.files.append(open(path, "rb"))
                 if path.suffix == ".gz":
                     packed, self.files[-1] = gzip.open(self.files[-1]), tempfile.TemporaryFile(dir=scratch)
                     shutil.copyfileobj(packed, self.files[-1])
                     self.files[-1].seek(0)
-                lengths.append(np.fromiter(map(len, self.files[-1]), np.int64))  # one scan for newlines, no parsing
-        except (OSError, EOFError) as e:
-            raise BadInput(f"--data {path}: {e}") from None
-        self.first = np.cumsum([0, *map(len, lengths)])  # line of each file
-        self.lengths = np.concatenate([np.zeros(0, np.int64), *lengths])
-        self.starts = np.concatenate([self.lengths[:0], *(n.cumsum() - n for n in lengths)])
-
+                lengths = np.fromiter(map(len, self.files[-1]), np.int64)  # one scan for newlines, no parsing
+            except (OSError, EOFError, gzip.zlib.error) as e:
+                raise BadInput(f"--data {path}: {e}") from None
+            self.lengths = np.append(self.lengths, lengths)
+            self.starts = np.append(self.starts, lengths.cumsum() - lengths)
+            self.first.append(len(self.lengths))  # line of the next file
+        if not len(self.lengths):
+            raise BadInput(f"--data {' '.join(map(str, paths))}: no rows in there")
     def __getitem__(self, i):
         """-> "file:line" and line i as a dict of one of the two formats; BadInput if it is anything else."""
         file = np.searchsorted(self.first, i, side="right") - 1
@@ -110,11 +108,10 @@ class Lines:
             "".join([row.get("title") or "", *(row[key] for key in keys)]).encode()  # a lone surrogate fails here
             if not row[keys[0]].strip():
                 raise ValueError("empty text")
+            return name, row
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise BadInput(f'{name}: not a row {{"text": ..}} nor {{"input": .., "output_summarize": .., '
                            f'"output_predict": ..}} ({type(e).__name__}: {e}); mend it or make it empty') from None
-        return name, row
-
     def count(self, tokenizer, room):
         """-> the number of examples, from the bytes of each line alone, so that nothing is tokenised before step 0: an
         article of n windows of `room` tokens has n - 1 pairs of adjacent passages, a released row is one example. How
@@ -127,11 +124,11 @@ class Lines:
         windows = np.ceil(self.lengths / (0.9 * room * size / tokens))  # 0.9: so that few passages are cut
         counts = np.maximum(windows - 1, 0).astype(np.int64)
         for i, j in zip(self.first, self.first[1:]):
-            if i < j and "input" in self[i][1]:  # a file is of one format, its first row's
+            rows = full[np.searchsorted(full, i):np.searchsorted(full, j)]
+            if len(rows) and "input" in self[rows[0]][1]:  # a file is of one format, its first row's
                 counts[i:j] = self.lengths[i:j] > 2
         self.ends = counts.cumsum()  # the examples up to and including each line
         return int(counts.sum())
-
     def example(self, i):
         """-> "file:line", passage, the text of which EBAE predicts the tokens, and that of which EBAR does."""
         line = np.searchsorted(self.ends, i, side="right")
@@ -144,8 +141,7 @@ class Lines:
 
 def pad(rows, value=0):
     """Lists of ids -> (B, L) tensor, padded on the right."""
-    length = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.long)
+    return nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value)
 
 def collate(examples, prompts):
     """Triples (passage ids, EBAE target ids, EBAR target ids) -> a batch: input_ids (B, L), joint sequences; lengths
@@ -160,33 +156,30 @@ def collate(examples, prompts):
 class Steps(torch.utils.data.Dataset):
     """Item i is what one rank needs for step i: its micro-batches, prepared in a worker, ahead of the device.
     Its examples are a pure function of seed, epoch and step: a new permutation each epoch, cut into global batches.
-    Only *within* a global batch are they sorted by length and cut into micro-batches; the update is independent of
+    Only *within* a global batch are they sorted by length and cut into micro-batches; the update does not depend on
     that cut, so padding is saved at no cost in randomness. To sort, every rank tokenises the whole global batch (a
     worker's time, not the device's), and so knows the counts of the global batch without asking the others."""
     def __init__(self, lines, tokenizer, prompts, args, rank=0, world=1):
         self.lines, self.tokenizer, self.prompts, self.args = lines, tokenizer, prompts, args
         self.rank, self.world, self.room = rank, world, args.max_length - sum(map(len, prompts))  # tokens of a passage
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        if self.room < 1:
+            raise BadInput(f"--max-length {args.max_length}: the prompts alone take {args.max_length - self.room} tokens")
         self.size = lines.count(tokenizer, self.room)
-
     @functools.lru_cache(2)
     def order(self, epoch):
         return np.random.default_rng([self.args.seed, epoch]).permutation(self.size)
-
-    def tokenise(self, texts, **kwargs):  # split: "<s1>" in a text is text, it must not forge a prompt
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, **kwargs)
-
     def examples(self, indices):
         """-> [("file:line", passage ids, EBAE target ids, EBAR target ids)]. One window cuts passage and targets, so
         that EBAE never asks for what the model did not see. Targets: unique, without stop words and special tokens."""
+        plain = dict(add_special_tokens=False, split_special_tokens=True)  # "<s1>" in a text must not forge a prompt
+        window = dict(truncation=True, max_length=self.room, return_offsets_mapping=True)
         names, *columns = zip(*map(self.lines.example, indices))
-        cuts = [self.tokenise(c, truncation=True, max_length=self.room, return_offsets_mapping=True) for c in columns]
-        bags = []
+        cuts, bags = [self.tokenizer(texts, **plain, **window) for texts in columns], []
         for texts, cut in zip(columns[1:], cuts[1:]):
             words = [content_words(text[:at[-1][1]] if at else "") for text, at in zip(texts, cut.offset_mapping)]
-            bags.append([sorted(set(ids) - self.special) for ids in self.tokenise(words).input_ids])
+            bags.append([sorted(set(ids) - self.special) for ids in self.tokenizer(words, **plain).input_ids])
         return list(zip(names, cuts[0].input_ids, *bags))
-
     def __getitem__(self, step):
         batch, micro = self.args.batch_size, self.args.micro_batch_size
         places = (divmod(i, self.size) for i in range(step * batch, (step + 1) * batch))
@@ -209,11 +202,10 @@ def python_docs(path):
     for file in sorted(root.rglob("*.py")):
         if not {"site-packages", "test", "tests"} & set(file.relative_to(root).parts):
             with contextlib.suppress(SyntaxError, ValueError):
-                nodes = [n for n in ast.walk(ast.parse(file.read_bytes()))
-                         if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+                nodes = [node for node in ast.walk(ast.parse(file.read_bytes()))
+                         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
                 articles[str(file.relative_to(root))] = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
-    rows = [json.dumps({"title": title, "text": text}) for title, text in articles.items() if text.strip()]
-    path.write_text("\n".join(rows), encoding="utf-8")
+    path.write_text("\n".join(json.dumps({"title": k, "text": v}) for k, v in articles.items() if v.strip()))
 
 # ---- the joint sequence and its mask ---------------------------------------------------------------------------------
 def joint_mask(start, n_self, length):
@@ -252,7 +244,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad_weight += grad.T @ h                                                # (V, d)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
-
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
@@ -260,8 +251,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def bag_loss(logits, targets):
     """Sum over rows of -mean_{v in U} log_softmax(max over the eight positions)[v], as the released code has it.
-    logits (B, 8, V); targets (B, U): a row's unique target ids, padded with -100. A row without any adds nothing:
-    divide by the number of the others for the mean."""
+    logits (B, 8, V); targets (B, U): a row's unique target ids, padded with -100; a row without any adds nothing."""
     logp = logits.float().max(1).values.log_softmax(-1)                              # (B, V)
     real = targets >= 0                                                              # (B, U)
     picked = logp.gather(1, targets.clamp(min=0)) * real                             # (B, U)
@@ -278,12 +268,10 @@ class Llara(nn.Module):
     def __init__(self, lm, prompts):
         super().__init__()
         self.lm, self.prompts = lm, prompts
-
     def forward(self, batch):
         """A batch of `collate` -> (3,) float32: L_AR, L_EBAE, L_EBAR, each a sum divided by batch["counts"].
-        With the counts of the global batch in each of its micro-batches, these add up to the loss of the global batch,
-        however it is split. The head is applied where a loss needs it and nowhere else, and in here, for FSDP gathers
-        its weights during the forward of the root module alone."""
+        With the counts of the global batch in each micro-batch, these add up to the global loss, however it is split.
+        The head is applied only where a loss needs it, and in here: FSDP gathers its weights for no one else."""
         ids, n, head = batch["input_ids"], len(self.prompts.prefix), self.lm.get_output_embeddings()
         start = n + batch["lengths"]                                                 # (B,) where SELF begins
         end = start + len(self.prompts.SELF)                                         # (B,) where NEXT begins
@@ -296,7 +284,6 @@ class Llara(nn.Module):
         ebae = bag_loss(head(last8(hidden, end)), batch["self_targets"])             # of (B, 8, V) logits
         ebar = bag_loss(head(last8(hidden, end + len(self.prompts.NEXT))), batch["next_targets"])
         return torch.stack([ar, ebae, ebar]) / batch["counts"].clamp(min=1)
-
     def embed(self, input_ids, lengths):
         """Sequences prefix + text + prompt, right-padded: (B, L) ids, (B,) lengths -> (B, d) float32 unit rows. No
         mask: causality hides the pads, and the fast attention kernels run."""
@@ -325,15 +312,14 @@ def load(name):
         # Is the joint pass right on this architecture? Of 4 + 4 + 4 tokens, as if a passage, SELF and NEXT:
         ids, (mask, positions) = torch.arange(12)[None], joint_mask(torch.tensor([4]), 4, 12)
         joint = lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 8:]
-        two = torch.cat([ids[:, :4], ids[:, 8:]], 1)
-        alone = layer(lm.base_model(input_ids=two, use_cache=False).last_hidden_state[:, 4:])
-        if layer.bias is not None or not torch.allclose(joint, alone, rtol=1e-3, atol=1e-3):
+        alone = lm.base_model(input_ids=torch.cat([ids[:, :4], ids[:, 8:]], 1), use_cache=False).last_hidden_state
+        if layer.bias is not None or not torch.allclose(joint, layer(alone[:, 4:]), rtol=1e-3, atol=1e-3):
             raise BadInput(f"{name}: {type(lm).__name__} ignores mask or positions, or scales its logits; unsupported")
     return lm, tokenizer
 
 def small_model(texts, folder, vocab_size=2048):
     """Writes a Llama of 2 layers with random weights and a byte-level BPE tokenizer trained on `texts` to a folder.
-    Embeddings are tied: a state near a word's embedding then predicts that word, and EBAE is learnt soonest."""
+    Embeddings are tied and of length ~1: a state near a word's embedding then predicts that word, which helps EBAE."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
@@ -379,8 +365,9 @@ def encode(model, tokenizer, texts, prompt="self", max_length=512, batch_size=32
     The result does not depend on the batch: padding is on the right, where causal attention never looks."""
     llara = Llara(model, make_prompts(tokenizer))
     prefix, prompt = llara.prompts.prefix, {"self": llara.prompts.SELF, "next": llara.prompts.NEXT}[prompt]
-    limit = dict(truncation=True, max_length=max_length - len(prefix) - len(prompt), split_special_tokens=True)
-    ids = [[*prefix, *tokenizer(t, add_special_tokens=False, **limit).input_ids, *prompt] for t in texts]
+    plain = dict(add_special_tokens=False, split_special_tokens=True)
+    window = dict(truncation=True, max_length=max_length - len(prefix) - len(prompt))
+    ids = [[*prefix, *tokenizer(text, **plain, **window).input_ids, *prompt] for text in texts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # like lengths together: little padding
     out = np.empty((len(ids), model.config.hidden_size), np.float32)
     for rows in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
@@ -390,7 +377,6 @@ def encode(model, tokenizer, texts, prompt="self", max_length=512, batch_size=32
 
 # ---- training --------------------------------------------------------------------------------------------------------
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s
-FREE = ("output", "resume", "overwrite", "save_every", "micro_batch_size", "workers")  # may differ at --resume
 
 def unigram_levels(examples, vocab_size):
     """(3,) AR, EBAE and EBAR of always predicting the targets' frequencies: what word frequencies alone score."""
@@ -403,9 +389,8 @@ def unigram_levels(examples, vocab_size):
     return -(p * np.log(p.clip(1e-30))).sum(1)
 
 def shard(model, device):
-    """FSDP2 on any number of ranks, one included: each decoder layer, then the rest (tied embeddings stay together).
-    Float32 weights, gradients and moments, sharded; on CUDA the compute is bfloat16, whose exponent is float32's (so no
-    loss scaling), and gradients are summed in float32."""
+    """FSDP2 on any number of ranks, one included: each decoder layer, then the rest, with tied embeddings in one group.
+    Weights, gradients, moments: float32. Compute on CUDA: bfloat16, whose range is float32's, so no loss scaling."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     mixed = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if device.type == "cuda" else {}
     for module in [m for m in model.modules() if type(m).__name__ in (model.lm._no_split_modules or ())]:
@@ -414,11 +399,11 @@ def shard(model, device):
 
 def save_checkpoint(model, optimizer, args, step):
     """What --resume needs, as output/checkpoint-STEP: written aside, renamed when whole; then the older one goes."""
-    out, state = Path(args.output), dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-    dcp.save(state, checkpoint_id=out / "checkpoint.tmp")  # each rank its shards
+    out, state = Path(args.output), dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(out / "checkpoint.tmp", overwrite=True))  # each rank its shards
     if dist.get_rank() == 0:
         old = list(out.glob("checkpoint-*"))
-        (out / "checkpoint.tmp" / "run.json").write_text(json.dumps({"step": step, "args": vars(args)}))
+        (out / "checkpoint.tmp" / "run.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=1))
         os.rename(out / "checkpoint.tmp", out / f"checkpoint-{step:08d}")
         for folder in old:
             shutil.rmtree(folder)
@@ -428,12 +413,14 @@ def load_checkpoint(model, optimizer, args):
     """Restores the newest checkpoint, written on any number of ranks; -> the step to go on with."""
     newest = max(Path(args.output).glob("checkpoint-*"))
     run = json.loads((newest / "run.json").read_text())
-    for key in vars(args).keys() - FREE:
-        if vars(args)[key] != run["args"][key]:
+    for key in vars(args).keys() - {"output", "resume", "overwrite", "save_every", "micro_batch_size", "workers"}:
+        if key == "examples" and args.examples != run["args"][key]:
+            print(f"note: there were {run['args'][key]:,} examples when this run began; the order of what follows differs")
+        elif vars(args)[key] != run["args"][key]:
             raise BadInput(f"--resume continues a run as it began: with --{key.replace('_', '-')} {run['args'][key]}")
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
     dcp.load(state, checkpoint_id=newest)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    dcp_state.set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return run["step"]
 
 def adapt(model, item, args):
@@ -445,16 +432,14 @@ def adapt(model, item, args):
         (loss * dist.get_world_size()).backward()  # FSDP will take the mean over the ranks where the sum is due
     return torch.stack(losses).detach()
 
-def prepare(args):
-    """Checks --output against what is asked, makes the default data and model, opens all. -> lines, lm, tokenizer"""
-    rank, world, out = dist.get_rank(), dist.get_world_size(), Path(args.output)
+def prepare(args, rank, world, out):
+    """Checks the arguments, makes the default data and model, opens all: -> lines, language model, tokenizer."""
     if args.resume and not list(out.glob("checkpoint-*")):
         raise BadInput(f"--resume: no checkpoint in {out}")
     if not (args.resume or args.overwrite) and out.exists() and any(out.iterdir()):
         raise BadInput(f"--output {out} is in use: --resume continues, --overwrite starts anew, or name another folder")
     if args.batch_size % (args.micro_batch_size * world):
-        raise BadInput(f"--batch-size {args.batch_size} is no multiple of --micro-batch-size {args.micro_batch_size} x "
-                       f"{world} ranks")
+        raise BadInput(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch_size} x {world} ranks")
     dist.barrier()  # all have looked
     if rank == 0 and not args.resume:
         for ours in [*out.glob("checkpoint*"), out / "base"]:
@@ -465,9 +450,9 @@ def prepare(args):
     dist.barrier()
     lines = Lines(args.data or [out / "python-docs.jsonl"], out)
     if not (args.model or args.resume):
-        torch.manual_seed(args.seed)
         some = range(0, len(lines.lengths), len(lines.lengths) // 2000 + 1)
         texts = [article(lines[i][1])[:5000] for i in some if lines.lengths[i] > 2]
+        torch.manual_seed(args.seed)
         if rank == 0:
             small_model(texts, out / "base")
     dist.barrier()
@@ -476,30 +461,29 @@ def prepare(args):
 def train(args):
     rank, world, out = dist.get_rank(), dist.get_world_size(), Path(args.output)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    lines, lm, tokenizer = prepare(args)
-    model, config = Llara(lm, make_prompts(tokenizer)), lm.config
+    lines, lm, tokenizer = prepare(args, rank, world, out)
+    model, config, n_all = Llara(lm, make_prompts(tokenizer)), lm.config, lm.num_parameters()
     steps = Steps(lines, tokenizer, model.prompts, args, rank, world)
     if steps.size == 0:
         raise BadInput(f"--data: no text is longer than a passage, at this --max-length of {steps.room} tokens")
-    n_all = sum(p.numel() for p in model.parameters())
-    n_used = n_all - (0 if config.tie_word_embeddings else lm.get_input_embeddings().weight.numel())
     if args.gradient_checkpointing:  # renamed in transformers 5.23
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     shard(model, device).train()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=True)
+    args.examples = steps.size
     start = load_checkpoint(model, optimizer, args) if args.resume else 0
     loader = torch.utils.data.DataLoader(steps, None, sampler=range(start, args.steps), num_workers=args.workers)
+    sample = steps.examples(steps.order(0)[:2048])
     if rank == 0:
-        sample = steps.examples(steps.order(0)[:2048])
+        levels = "AR {:.3f} EBAE {:.3f} EBAR {:.3f}".format(*unigram_levels(sample, config.vocab_size))
         tokens = args.batch_size * np.mean([len(passage) for _, passage, *_ in sample])
         print(f"model      {args.model or 'a small Llama from scratch (--model for another)'}: {n_all:,} parameters\n"
               f"data       {len(lines.lengths):,} lines in {len(lines.paths)} files, {steps.size:,} examples\n"
-              f"step       {args.batch_size} examples, ~{tokens:,.0f} tokens of passages, in micro-batches of "
-              f"{args.micro_batch_size} on {world} x {device.type}; {args.steps} steps = "
+              f"step       {args.batch_size} examples, ~{tokens:,.0f} passage tokens, in micro-batches of "
+              f"{args.micro_batch_size} on {world} x {device.type}; {args.steps} steps, "
               f"{args.steps * args.batch_size / steps.size:.2f} epochs\n"
-              "yardstick  ln V {:.3f} knows nothing; unigram level AR {:.3f} EBAE {:.3f} EBAR {:.3f}: word frequencies"
-              .format(math.log(config.vocab_size), *unigram_levels(sample, config.vocab_size)), flush=True)
+              f"yardstick  ln V {math.log(config.vocab_size):.3f} knows nothing; unigram level {levels}", flush=True)
         before = (out / "log.jsonl").read_text().splitlines(True)[:start] if start else []  # a line a step
         (out / "log.jsonl").write_text("".join(before))
         log, bar = open(out / "log.jsonl", "a", buffering=1), tqdm(initial=start, total=args.steps, unit="step")
@@ -511,9 +495,8 @@ def train(args):
             raise BadInput(f"{item}; saved at step {step}, go on with --resume")
         torch.manual_seed(args.seed + step * world + rank)  # for models with dropout: the same again after --resume
         done, warmup = step / args.steps, max(args.warmup, 1 / args.steps)
-        lr = args.lr * min((step + 1) / args.steps / warmup, (1 - done) / (1 - warmup + 1e-9))
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = args.lr * min((step + 1) / args.steps / warmup, (1 - done) / (1 - warmup + 1e-9))
         losses = torch.zeros(len(item["lines"]), 3, device=device)                   # (micro-batches of all ranks, 3)
         losses[rank::world] = adapt(model, item, args)
         dist.all_reduce(losses)
@@ -522,18 +505,20 @@ def train(args):
             bad = (~losses.isfinite().all(1)).tolist()
             rows = [line for part, b in zip(item["lines"], bad) if b or not any(bad) for line in part]
             save_checkpoint(model, optimizer, args, step)
-            raise BadInput(f"step {step}: loss or gradient is not finite; nothing was updated, all is saved. It came of "
-                           f"{', '.join(rows)}: mend these lines and --resume, or start anew with a lower --lr")
+            raise BadInput(f"step {step}: loss or gradient is not finite, nothing was updated, all is saved. Look at "
+                           f"{', '.join(rows)}; mend them and --resume, or start anew with a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
         terms, lengths, now = losses.sum(0).cpu(), item["lengths"].numpy(), time.perf_counter()
-        # FLOPs: 6 a token and weight (not input embeddings), causal attention 6 d L^2 a layer; recomputing is not counted
-        flops = 6 * (n_used * lengths.sum() + config.num_hidden_layers * config.hidden_size * (lengths ** 2).sum())
-        memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         row = {"step": step, "loss": total_loss(terms, item["counts"], args.ar_weight, args.bow_weight).item(),
-               **dict(zip(("AR", "EBAE", "EBAR"), terms.tolist())), "lr": lr, "grad_norm": norm.item(),
-               "tokens/s": lengths.sum() / (now - then), "padding": item["padding"], "GB": memory / 2**30,
-               **({"MFU": flops / (now - then) / peak / world} if peak else {})}
+               **dict(zip(("AR", "EBAE", "EBAR"), terms.tolist())), "lr": group["lr"], "grad_norm": norm.item(),
+               "tokens/s": lengths.sum() / (now - then), "padding": item["padding"],
+               "GB": (torch.cuda.max_memory_allocated() / 2**30  # on CPU, of the process, in KB:
+                      or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)}
+        if peak:  # FLOPs: 6 a weight and token, 6 d L^2 a layer for causal attention; recomputing is not counted
+            unused = 0 if config.tie_word_embeddings else lm.get_input_embeddings().weight.numel()
+            attention = config.num_hidden_layers * config.hidden_size * (lengths ** 2).sum()
+            row["MFU"] = 6 * ((n_all - unused) * lengths.sum() + attention) / (now - then) / peak / world
         then = now
         if rank == 0:
             log.write(json.dumps(row) + "\n")
@@ -541,45 +526,52 @@ def train(args):
             bar.update()
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             save_checkpoint(model, optimizer, args, step + 1)
-    weights = get_model_state_dict(model.lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp_state.get_model_state_dict(model.lm, options=whole)
     if rank == 0:
         bar.close()
-        card = MODEL_CARD.format(**{**globals(), **vars(args), "base": args.model or "a small random model",
-                                    "data": ", ".join(path.name for path in lines.paths)})
-        save(lm, tokenizer, out, card, weights)
+        for name in (lm._tied_weights_keys or ()) if config.tie_word_embeddings else ():
+            weights.pop(name, None)  # or the embedding is written twice
+        save(lm, tokenizer, out, MODEL_CARD.format(**{**globals(), **vars(args), "base": args.model or "a random model",
+                                                     "data": ", ".join(path.name for path in lines.paths)}), weights)
         for folder in out.glob("checkpoint*"):
             shutil.rmtree(folder)
         print(f"saved to {out}; {out}/README.md says how to embed with it")
 
+OPTIONS = {  # flag: its default for the small model from scratch, its default with --model (the paper's), its help
+    "how much": {"steps": (600, 10000, "updates"), "batch-size": (32, 256, "examples a step, over all ranks"),
+                 "micro-batch-size": (8, 8, "examples in a forward: changes memory, not results"),
+                 "max-length": (96, 1024, "tokens of the joint sequence, prompts included"),
+                 "save-every": (500, 500, "steps between checkpoints"),
+                 "workers": (1, 1, "tokenising processes a rank")},
+    "optimisation": {"lr": (5e-3, 1e-5, "peak of the learning rate"),
+                     "warmup": (0.1, 0.1, "share of the steps; from there the rate falls linearly to 0"),
+                     "ar-weight": (1.0, 1.0, "weight of the language-model loss"),
+                     "bow-weight": (1.0, 0.1, "weight of the mean of EBAE and EBAR"),
+                     "seed": (0, 0, "of the order of the data, and of a model from scratch")}}
+
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description="Adapt a causal language model to dense retrieval with EBAE and EBAR.")
-    group = parser.add_argument_group("what")
-    group.add_argument("--data", nargs="+", help='.jsonl[.gz] files or folders: rows {"text"[, "title"]} or {"input", '
-                       '"output_summarize", "output_predict"} (default: the documentation of Python itself)')
-    group.add_argument("--model", help="hub name or folder of a causal LM (default: a small Llama from scratch)")
-    group.add_argument("--output", default="out", help="for log.jsonl, checkpoints, at last the model (default: out)")
-    group.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output")
-    group.add_argument("--overwrite", action="store_true", help="start anew though --output is in use")
-    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    for title, options in {  # the first default is for the small model, the second, the paper's, for --model
-            "how much": [("steps", 600, 10000, "updates"), ("batch-size", 32, 256, "examples a step, over all ranks"),
-                         ("micro-batch-size", 8, 8, "examples in a forward: changes memory, not results"),
-                         ("max-length", 96, 1024, "tokens of the joint sequence, prompts included"),
-                         ("save-every", 500, 500, "steps between checkpoints"),
-                         ("workers", 1, 1, "tokenising processes a rank")],
-            "optimisation": [("lr", 5e-3, 1e-5, "peak of the learning rate"),
-                             ("warmup", 0.1, 0.1, "share of the steps; from there the rate falls linearly to 0"),
-                             ("ar-weight", 1.0, 1.0, "weight of the language-model loss"),
-                             ("bow-weight", 1.0, 0.1, "weight of the mean of EBAE and EBAR"),
-                             ("seed", 0, 0, "of the order of the data, and of a model from scratch")]}.items():
-        group = parser.add_argument_group(title)
-        for name, small, paper, text in options:
+    add = parser.add_argument_group("what").add_argument
+    add("--data", nargs="+", help='.jsonl[.gz] files or folders: rows {"text"[, "title"]} or {"input", '
+        '"output_summarize", "output_predict"} (default: the documentation of Python itself)')
+    add("--model", help="hub name or folder of a causal language model (default: a small Llama from scratch)")
+    add("--output", default="out", help="folder for log.jsonl, checkpoints and at last the model (default: out)")
+    add("--resume", action="store_true", help="continue from the last checkpoint in --output")
+    add("--overwrite", action="store_true", help="start anew though --output is in use")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
+    for title, options in OPTIONS.items():
+        add = parser.add_argument_group(title).add_argument
+        for name, (small, paper, text) in options.items():
             both = f"{small}" + f", with --model {paper}" * (small != paper)
-            group.add_argument(f"--{name}", type=type(paper), help=f"{text} (default: {both})")
-            parser.set_defaults(**{name.replace("-", "_"): (small, paper)})
+            add(f"--{name}", type=type(paper), help=f"{text} (default: {both})")
     args = parser.parse_args(argv)
-    pick = bool(args.model)
-    return argparse.Namespace(**{k: v[pick] if isinstance(v, tuple) else v for k, v in vars(args).items()})
+    for name, (small, paper, _) in {**OPTIONS["how much"], **OPTIONS["optimisation"]}.items():
+        key = name.replace("-", "_")
+        setattr(args, key, (paper if args.model else small) if getattr(args, key) is None else getattr(args, key))
+        if name in OPTIONS["how much"] and getattr(args, key) < (name != "workers"):
+            parser.error(f"--{name} {getattr(args, key)} is too small")
+    return args
 
 def main():
     args, cuda = arguments(), torch.cuda.is_available()

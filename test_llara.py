@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: MIT
+"""Tests of llara.py, each against something that llara.py did not compute: python -m pytest -q test_llara.py"""
+import functools, gzip, json, math, os, re, shutil, subprocess, sys
+from pathlib import Path
+from pydoc_data.topics import topics
+from unittest import mock
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(os.path.abspath(__file__))}
+import numpy as np, pytest, torch, torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+import llara
+torch.set_num_threads(1)  # as OMP_NUM_THREADS says to launched processes: they must compute the same bits
+
+PROMPTS = llara.Prompts([1, 5], [*range(60, 71), *range(100, 108)], [*range(71, 81), *range(108, 116)])
+PASSAGES = [[(7 * i * i + 11 * j + 3) % 50 + 6 for j in range(n)] for i, n in enumerate((12, 7, 20))]
+FOLLOWING = [[(5 * i + 13 * j + 1) % 50 + 6 for j in range(9)] if i != 1 else [] for i in range(3)]
+EXAMPLES = [(p, sorted(set(p)), sorted(set(f))) for p, f in zip(PASSAGES, FOLLOWING)]
+SENTENCES = re.split(r"(?<=[.:])\s+", topics["assignment"])  # and of "it is" and "and the", no target is left:
+ROWS = [{"input": "§" * (i == 9) + " ".join(SENTENCES[i:i + 1 + i % 5]), "output_summarize": SENTENCES[i] if i % 7 else
+         "it is", "output_predict": "and the" if i % 3 else SENTENCES[i + 5]} for i in range(40)]
+TEXTS = "无" * 300 + "。" + "句" * 500, "x" * 2000, "word " * 400, "Too short."
+ARTICLES = [*({"title": t, "text": topics[t][:1500]} for t in sorted(topics)[:9]), *({"text": t} for t in TEXTS)]
+RUN = ("--data rows.jsonl --model model --steps 8 --batch-size 8 --micro-batch-size 8 --max-length 140 --lr 1e-3 "
+       "--save-every 3 --workers 0 --output ")  # the 40 rows are 5 steps
+KILL = ("import os, llara; save, n = llara.dcp.save, []; llara.dcp.save = lambda *a, **k: "
+        "[n.append(save(*a, **k)), n[1:] and os.kill(os.getpid(), 9)]; llara.main()")  # before the second has its name
+launch = lambda flags: subprocess.run([sys.executable, *flags], capture_output=True, text=True)
+log = lambda folder: [json.loads(line) for line in open(f"{folder}/log.jsonl")]
+same = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-5, check_dtype=False)
+
+def tiny(family, tied=False, vocab_size=128):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        family, vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, initializer_range=0.2, bos_token_id=0, pad_token_id=None,
+        tie_word_embeddings=tied), attn_implementation="sdpa").eval()
+
+def write(file, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    Path(file).write_bytes(gzip.compress(text) if file.endswith(".gz") else text)
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):  # every test runs in one folder, with a tiny model and with data
+    os.chdir(tmp_path_factory.mktemp("home")), torch.manual_seed(0)
+    llara.small_model((row["input"] for row in ROWS), "model", 400)
+    write("rows.jsonl", ROWS), write("articles.jsonl", ARTICLES)
+
+def main(flags):  # in this process: a launch costs seconds
+    with mock.patch.object(sys, "argv", ["llara.py", *flags.split()]):
+        llara.main()
+
+def refused(flags):  # -> what main() says. For a str in SystemExit, Python prints it and exits with code 1
+    with pytest.raises(SystemExit, match="^llara.py: [^\n]*$") as exit:
+        main(flags)
+    return exit.value.code
+
+def same_run(a, b, tolerance):  # step for step, and at the end; 0: bit for bit
+    for key in ("step", "loss", "AR", "EBAE", "EBAR", "lr", "grad_norm"):
+        np.testing.assert_allclose([row[key] for row in log(a)], [row[key] for row in log(b)], rtol=tolerance)
+    same(load_file(f"{a}/model.safetensors"), load_file(f"{b}/model.safetensors"), atol=tolerance)
+
+def steps(data="rows.jsonl", flags="", **ranks):
+    args = llara.arguments(("--max-length 140 --batch-size 8 --micro-batch-size 2 " + flags).split())
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    return llara.Steps(llara.Lines([data]), tokenizer, llara.make_prompts(tokenizer), args, **ranks)
+
+def test_golden():
+    """Losses, gradient norms, embeddings: those of the released code. More padding and another split change nothing."""
+    lm = tiny("llama")
+    for k, (name, p) in enumerate(sorted(lm.named_parameters())):
+        i = np.arange(p.numel(), dtype=np.float64)
+        w = np.sin(0.7 * (k + 1) + i * (0.61803398875 + 0.01 * k))
+        p.data = torch.tensor(1 + 0.1 * w if "norm" in name else 0.25 * w, dtype=torch.float32).view(p.shape)
+    model, whole = llara.Llara(lm, PROMPTS), llara.collate(EXAMPLES, PROMPTS)
+    split = [{**llara.collate([example], PROMPTS), "counts": whole["counts"]} for example in EXAMPLES]
+    golden = 5.132088661, 3.322822911, 0.487182558, 0.161732256, 0.485728353, 0.198733825, 5.618544102, 3.340850842
+    for batches in ([whole], [{**whole, "input_ids": F.pad(whole["input_ids"], (0, 9), value=3)}], split):
+        for term, (loss, norm) in enumerate(zip(golden[::2], golden[1::2])):
+            model.zero_grad()
+            losses = sum(map(model, batches))
+            value = [*losses * torch.tensor([1, 0.1, 0.1]), llara.total_loss(losses, whole["counts"])][term]
+            value.backward()
+            assert value.item() == pytest.approx(loss, abs=1e-5)
+            assert torch.cat([p.grad.flatten() for p in lm.parameters()]).norm().item() == pytest.approx(norm, rel=1e-5)
+    golden = """-0.09080182 0.22346915 0.06946224 -0.00672612   0.24219397 -0.29132545 0.05200180 -0.06596878
+                0.12951507 -0.08678233 0.22707206 -0.21244715   -0.08184583 -0.00093548 0.18424950 -0.18297526
+                -0.30749780 -0.06796909 -0.04357943 -0.28528449   -0.08391397 0.14070702 0.11679310 0.07219057"""
+    rows = [[*PROMPTS.prefix, *passage, *prompt] for prompt in PROMPTS[1:] for passage in PASSAGES]
+    embeddings = model.embed(llara.pad(rows), torch.tensor([*map(len, rows)]))
+    same(embeddings[:, :4].flatten(), torch.tensor([*map(float, golden.split())]))
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gpt_neox"])
+def test_one_pass_is_two(family, tied):
+    """States and logits against separate passes of the bare model, without padding, mask or positions."""
+    lm, batch = tiny(family, tied), llara.collate(EXAMPLES, PROMPTS)
+    mask, positions = llara.joint_mask(batch["lengths"] + 2, 19, batch["input_ids"].shape[1])
+    joint = lm(batch["input_ids"], mask, positions, use_cache=False, output_hidden_states=True)
+    for i, passage in enumerate(PASSAGES):
+        for prompt, end in zip(PROMPTS[1:], (21 + len(passage), 39 + len(passage))):
+            alone = lm(torch.tensor([[*PROMPTS.prefix, *passage, *prompt]]), output_hidden_states=True)
+            same(joint.logits[i, end - 8:end], alone.logits[0, -8:])
+            same(joint.hidden_states[-1][i, end - 8:end], alone.hidden_states[-1][0, -8:])
+
+def test_mask_cell_by_cell():
+    """prefix and passage p, SELF s, NEXT n, pad x: the table is written by hand, a row for each token that looks."""
+    mask, positions = llara.joint_mask(torch.tensor([3, 2]), 2, 8)  # ppp ss nn x  and  pp ss nn xx
+    for looks, table in zip(mask[:, 0], ("10000000 11000000 11100000 11110000 11111000 11100100 11100110",
+                                         "10000000 11000000 11100000 11110000 11001000 11001100")):
+        assert looks[:len(table.split())].tolist() == [[cell == "1" for cell in row] for row in table.split()]
+    assert positions[0, :7].tolist() == [0, 1, 2, 3, 4, 3, 4] and positions[1, :6].tolist() == [0, 1, 2, 3, 2, 3]
+
+def test_losses():
+    """Cross entropy and gradients against PyTorch's; bag and total losses and levels against plain Python."""
+    h, w, y = torch.randn(12, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True), torch.arange(12)
+    for chunk in (1, 5, 12, 512):
+        losses = llara.ChunkedCrossEntropy.apply(h, w, y, chunk), F.cross_entropy(h @ w.T, y, reduction="sum")
+        same(*([loss, *torch.autograd.grad(3 * loss, (h, w))] for loss in losses), atol=1e-4)
+    z, bags, loss = torch.randn(3, 8, 10), [[1, 4, 9], [], [0]], 0.0
+    for row, bag in zip(z.tolist(), bags):
+        top = [max(position[v] for position in row) for v in range(10)]
+        loss += sum(math.log(sum(map(math.exp, top))) - top[v] for v in bag) / max(1, len(bag))
+    assert llara.bag_loss(z, llara.pad(bags, -100)).item() == pytest.approx(loss, rel=1e-5)
+    for counts, ebae, ebar, total in ((9, 2, 3), 3., 1., 10.6), ((9, 2, 0), 3., 0., 10.9), ((9, 0, 0), 0., 0., 10.):
+        same(llara.total_loss(torch.tensor([5, ebae, ebar]), torch.tensor(counts), 2, 0.3), torch.tensor(total))
+    # Unigram levels. AR: 3 of 4 tokens are 0. EBAE: half and all of two bags is 0, 3/4 as well. EBAR: one bag, of two
+    levels = llara.unigram_levels([("a:1", [0, 0, 1], [0, 1], [2, 3]), ("a:2", [0], [0], [])], 5)
+    np.testing.assert_allclose(levels, [*[-0.75 * math.log(0.75) - 0.25 * math.log(0.25)] * 2, math.log(2)])
+
+def test_targets():
+    """Unique, of the window that the model sees, no stop words (against a regular expression); a "<s1>" is text."""
+    assert llara.content_words("The cat's 2nd_hat -- isn't ON; été.") == "cat 2nd hat été"
+    text = "The parser <s1> and the parser </s> of it. " + "assignment " * 300
+    write("targets.jsonl", [{"input": text, "output_summarize": text, "output_predict": "This is THE __ and!"}])
+    (_, passage, target, following), = (made := steps("targets.jsonl")).examples([0])
+    seen = made.tokenizer.decode(passage)
+    assert len(passage) == 140 - sum(map(len, made.prompts)) and text.startswith(seen) and "<s1>" in seen
+    words = " ".join(re.sub(r"\W+|\b(the|and|of|it)\b", " ", seen, flags=re.I).split())
+    assert target == sorted(set(made.tokenizer(words, add_special_tokens=False).input_ids)) and following == []
+    assert not set(made.tokenizer.all_special_ids) & {*passage, *target}
+
+def test_both_formats():
+    """Adjacent passages make an example, and joined they are the article; .gz, more files, a folder change nothing."""
+    files = {"many/a.jsonl": ARTICLES[:6], "many/b.jsonl.gz": ARTICLES[6:], "many/c.jsonl.gz": ROWS}
+    Path("many").mkdir(), *(write(*file) for file in files.items())
+    lines = llara.Lines(["many"], ".")
+    examples = [lines.example(i) for i in range(lines.count(AutoTokenizer.from_pretrained("model"), 60))]
+    for name, row in ((f"{file}:{i}", row) for file, rows in files.items() for i, row in enumerate(rows, 1)):
+        mine = [example[1:] for example in examples if example[0] == name]
+        if "input" in row or row == ARTICLES[-1]:  # this one is too short for two passages
+            assert mine == [tuple(row.values())] * ("input" in row)
+        else:
+            passages = [mine[0][0], *(following for _, _, following in mine)]
+            assert [(a, a, b) for a, b in zip(passages, passages[1:])] == mine
+            assert "".join("".join(passages).split()) == "".join((row.get("title", "") + row["text"]).split())
+    assert [llara.boundary("One two. Three four. Five six.", k, 3) for k in range(4)] == [0, 9, 21, 30]  # sentence ends
+
+def test_order():
+    """1, 2 and 4 ranks do the same micro-batches, of like lengths; each epoch is another permutation of all rows."""
+    def micros(*items):
+        return sorted(str(m["input_ids"].tolist()) for item in items for m in item["micros"])
+    one, wide = steps(), steps(flags="--batch-size 16")  # whose step 2 reaches into the second epoch
+    items = [one[step] for step in range(10)]  # 5 steps of 8 are an epoch
+    for step, world in ((9, 4), (0, 2), (4, 4)):  # a step does not depend on those before it
+        ranks = [steps(rank=rank, world=world)[step] for rank in range(world)]
+        assert micros(*ranks) == micros(items[step]) and {len(rank["micros"]) for rank in ranks} == {4 // world}
+    for item in items:
+        bounds = [f(m["lengths"].tolist()) for m in item["micros"] for f in (max, min)]
+        assert bounds == sorted(bounds, reverse=True)
+    names = [sum(item["lines"], []) for item in items]
+    assert sorted(sum(names[:5], [])) == sorted(sum(names[5:], [])) == sorted(f"rows.jsonl:{i + 1}" for i in range(40))
+    assert names[:5] != names[5:]
+    assert all(set(sum(wide[i]["lines"], [])) == {*names[2 * i], *names[2 * i + 1]} for i in range(5))
+
+def test_load():
+    """bfloat16 without <s1>..<s16> becomes float32 with 16 mean rows; saved and loaded, it stays as it is."""
+    with mock.patch.object(llara, "SPECIAL", []):
+        llara.small_model([], "plain", 258)
+    plain = tiny("llama", vocab_size=258).to(torch.bfloat16)
+    plain.save_pretrained("plain")
+    lm, tokenizer = llara.load("plain")
+    assert {p.dtype for p in lm.parameters()} == {torch.float32} and lm.config._attn_implementation == "sdpa"
+    for old, new in (plain.model.embed_tokens, lm.model.embed_tokens), (plain.lm_head, lm.lm_head):
+        same(new.weight, torch.cat([old.weight.float(), old.weight.float().mean(0).expand(16, -1)]), atol=1e-7)
+    assert tokenizer("<s1><s16>", add_special_tokens=False).input_ids == [258, 273]
+    llara.save(lm, tokenizer, "plain")
+    same(llara.load("plain")[0].state_dict(), lm.state_dict(), atol=0)
+
+def test_encode():
+    """Any batch size, in the order of the texts, cut to a window: against text by text in plain transformers."""
+    lm, tokenizer = llara.load("model")
+    texts, expected = ["", *(row["input"] for row in ROWS[:8]), ROWS[4]["input"] * 9], []
+    for text in texts:
+        ids, prompt = (tokenizer(part, add_special_tokens=False).input_ids for part in (text, llara.NEXT))
+        ids = [*tokenizer('"').input_ids, *ids][:200 - len(prompt)] + prompt
+        expected.append(F.normalize(lm.model(torch.tensor([ids])).last_hidden_state[0, -8:].mean(0), dim=0))
+    for size in (1, 3, 32):
+        same(torch.tensor(llara.encode(lm, tokenizer, texts, "next", 200, size)), torch.stack(expected))
+
+def test_split_and_interrupted():
+    """Micro-batches, a run killed and resumed (bit for bit), the same on two ranks: against an unbroken run."""
+    main(RUN + "unbroken"), main(RUN + "micro --micro-batch-size 1")  # lengths differ, and many rows have no target
+    same_run("micro", "unbroken", 2e-5)
+    assert launch(["-c", KILL, *(RUN + "killed").split()]).returncode == -9
+    assert len(log("killed")) == 6 and os.listdir("killed").count("checkpoint-00000003") == 1
+    assert "--lr 0.001" in refused(RUN + "killed --resume --lr 2e-3")
+    shutil.copytree("killed", "ranks")
+    main(RUN + "killed --resume")
+    same_run("killed", "unbroken", 0)
+    done = launch(["-m", "torch.distributed.run", "--nproc-per-node=2", llara.__file__,
+                   *(RUN + "ranks --resume --micro-batch-size 2").split()])
+    assert done.returncode == 0, done.stderr
+    same_run("ranks", "unbroken", 2e-5)
+
+def test_not_finite():
+    """NaN for a token that only line 10 has: its step stops the run, before the update, and names the line."""
+    lm, tokenizer = llara.load("model")
+    lm.config.tie_word_embeddings, lm.lm_head.weight = False, torch.nn.Parameter(lm.lm_head.weight.detach().clone())
+    lm.model.embed_tokens.weight.data[tokenizer("§").input_ids[-1]] = math.nan
+    llara.save(lm, tokenizer, "nan")
+    with mock.patch.object(torch.optim.AdamW, "step", autospec=True, side_effect=torch.optim.AdamW.step) as updates:
+        said = refused(RUN + "broken --model nan --micro-batch-size 1")
+    assert f"step {len(log('broken'))}: " in said and re.findall(r"rows.jsonl:(\d+)", said) == ["10"]
+    assert updates.call_count == len(log("broken")) > 0
+
+def test_command_line(monkeypatch):
+    """From text to a folder that transformers opens, whose README's Python runs and agrees with encode; losses fall."""
+    done, names = launch([llara.__file__, *"--data articles.jsonl --steps 30 --batch-size 16 --output new".split()]), {}
+    assert done.returncode == 0 and "ln V" in done.stdout, done.stderr
+    assert {"loss", "AR", "EBAE", "EBAR", "lr", "grad_norm", "tokens/s"} < {*(rows := log("new"))[29]}
+    for key in ("AR", "EBAE", "EBAR"):
+        assert np.mean([row[key] for row in rows[-5:]]) < np.mean([row[key] for row in rows[:5]]) - 0.1
+    monkeypatch.chdir("new")
+    exec(re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S).group(1), names)
+    for kind, prompt in (AutoModelForCausalLM, "self"), (AutoModel, "next"):
+        ours, = llara.encode(kind.from_pretrained("."), AutoTokenizer.from_pretrained("."), ["A llama."], prompt)
+        same(torch.tensor(ours), names["embed"]("A llama.", names[prompt.upper()]))
+
+def test_refusals():
+    """Whatever is wrong with rows, files or arguments: one sentence that names it, and nothing is overwritten."""
+    for line in ('{"text": "cut', '{"text": " "}', '{"txt": "a"}', '{"text": "\\ud800"}', '["text"]', '{"text": 3}',
+                 '{"text": "a", "title": 3}', '{"input": "a", "output_predict": "b"}', '{"text": "\xff"}', "[" * 9999):
+        Path("bad.jsonl").write_text('{"text": "good"}\n' + line + '\n{"text": "good"}\n', encoding="latin-1")
+        assert "bad.jsonl:2: " in refused(RUN + "bad --data bad.jsonl --overwrite")
+    Path("void").mkdir(), Path("cut.jsonl.gz").write_bytes(gzip.compress(b"{}" * 999)[:-9])
+    for flags, said in (("--data none.jsonl", "none."), ("--data cut.jsonl.gz", "cut."), ("--resume", "no checkpoint"),
+                        ("--data void", "--data"), ("--model void", "void: "), ("--batch-size 9", "--batch-size 9")):
+        assert said in refused(RUN + f"bad --overwrite {flags}")
+    before = sorted(Path(".").rglob("*"))
+    assert "in use" in refused(RUN + ".") and sorted(Path(".").rglob("*")) == before
