@@ -98,6 +98,7 @@ class Lines:
             self.first.append(len(self.lengths))  # line of the next file
         if not len(self.lengths):
             raise BadInput(f"--data {' '.join(map(str, paths))}: no rows in there")
+
     def __getitem__(self, i):
         """-> "file:line" and line i as a dict of one of the two formats; BadInput if it is anything else."""
         file = np.searchsorted(self.first, i, side="right") - 1
@@ -112,6 +113,7 @@ class Lines:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise BadInput(f'{name}: not a row {{"text": ..}} nor {{"input": .., "output_summarize": .., '
                            f'"output_predict": ..}} ({type(e).__name__}: {e}); mend it or make it empty') from None
+
     def count(self, tokenizer, room):
         """-> the number of examples, from the bytes of each line alone, so that nothing is tokenised before step 0: an
         article of n windows of `room` tokens has n - 1 pairs of adjacent passages, a released row is one example. How
@@ -129,6 +131,7 @@ class Lines:
                 counts[i:j] = self.lengths[i:j] > 2
         self.ends = counts.cumsum()  # the examples up to and including each line
         return int(counts.sum())
+
     def example(self, i):
         """-> "file:line", passage, the text of which EBAE predicts the tokens, and that of which EBAR does."""
         line = np.searchsorted(self.ends, i, side="right")
@@ -164,11 +167,13 @@ class Steps(torch.utils.data.Dataset):
         self.rank, self.world, self.room = rank, world, args.max_length - sum(map(len, prompts))  # tokens of a passage
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         if self.room < 1:
-            raise BadInput(f"--max-length {args.max_length}: the prompts alone take {args.max_length - self.room} tokens")
+            raise BadInput(f"--max-length {args.max_length}: the prompts alone take {args.max_length - self.room}")
         self.size = lines.count(tokenizer, self.room)
+
     @functools.lru_cache(2)
     def order(self, epoch):
         return np.random.default_rng([self.args.seed, epoch]).permutation(self.size)
+
     def examples(self, indices):
         """-> [("file:line", passage ids, EBAE target ids, EBAR target ids)]. One window cuts passage and targets, so
         that EBAE never asks for what the model did not see. Targets: unique, without stop words and special tokens."""
@@ -180,6 +185,7 @@ class Steps(torch.utils.data.Dataset):
             words = [content_words(text[:at[-1][1]] if at else "") for text, at in zip(texts, cut.offset_mapping)]
             bags.append([sorted(set(ids) - self.special) for ids in self.tokenizer(words, **plain).input_ids])
         return list(zip(names, cuts[0].input_ids, *bags))
+
     def __getitem__(self, step):
         batch, micro = self.args.batch_size, self.args.micro_batch_size
         places = (divmod(i, self.size) for i in range(step * batch, (step + 1) * batch))
@@ -244,6 +250,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad_weight += grad.T @ h                                                # (V, d)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
+
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
@@ -268,6 +275,7 @@ class Llara(nn.Module):
     def __init__(self, lm, prompts):
         super().__init__()
         self.lm, self.prompts = lm, prompts
+
     def forward(self, batch):
         """A batch of `collate` -> (3,) float32: L_AR, L_EBAE, L_EBAR, each a sum divided by batch["counts"].
         With the counts of the global batch in each micro-batch, these add up to the global loss, however it is split.
@@ -284,6 +292,7 @@ class Llara(nn.Module):
         ebae = bag_loss(head(last8(hidden, end)), batch["self_targets"])             # of (B, 8, V) logits
         ebar = bag_loss(head(last8(hidden, end + len(self.prompts.NEXT))), batch["next_targets"])
         return torch.stack([ar, ebae, ebar]) / batch["counts"].clamp(min=1)
+
     def embed(self, input_ids, lengths):
         """Sequences prefix + text + prompt, right-padded: (B, L) ids, (B,) lengths -> (B, d) float32 unit rows. No
         mask: causality hides the pads, and the fast attention kernels run."""
@@ -345,7 +354,7 @@ tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModel.from_pretrained
 SELF = {SELF!r}
 NEXT = {NEXT!r}
 def embed(text, prompt):  # passages: SELF; queries: NEXT, or SELF as long as the model is not fine-tuned
-    ids = tokenizer({PREFIX!r}).input_ids + tokenizer(text, add_special_tokens=False).input_ids
+    ids = tokenizer('"').input_ids + tokenizer(text, add_special_tokens=False).input_ids
     ids += tokenizer(prompt, add_special_tokens=False).input_ids
     return torch.nn.functional.normalize(model(torch.tensor([ids])).last_hidden_state[0, -8:].mean(0), dim=-1)
 print(embed("A llama is a camelid.", SELF) @ embed("What is a llama?", NEXT))
@@ -415,7 +424,7 @@ def load_checkpoint(model, optimizer, args):
     run = json.loads((newest / "run.json").read_text())
     for key in vars(args).keys() - {"output", "resume", "overwrite", "save_every", "micro_batch_size", "workers"}:
         if key == "examples" and args.examples != run["args"][key]:
-            print(f"note: there were {run['args'][key]:,} examples when this run began; the order of what follows differs")
+            print(f"note: this run began with {run['args'][key]:,} examples; what follows comes in another order")
         elif vars(args)[key] != run["args"][key]:
             raise BadInput(f"--resume continues a run as it began: with --{key.replace('_', '-')} {run['args'][key]}")
     state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
@@ -532,8 +541,9 @@ def train(args):
         bar.close()
         for name in (lm._tied_weights_keys or ()) if config.tie_word_embeddings else ():
             weights.pop(name, None)  # or the embedding is written twice
-        save(lm, tokenizer, out, MODEL_CARD.format(**{**globals(), **vars(args), "base": args.model or "a random model",
-                                                     "data": ", ".join(path.name for path in lines.paths)}), weights)
+        names = {"SELF": SELF, "NEXT": NEXT, "base": args.model or "random weights",
+                 "data": ", ".join(path.name for path in lines.paths)}
+        save(lm, tokenizer, out, MODEL_CARD.format(**{**vars(args), **names}), weights)
         for folder in out.glob("checkpoint*"):
             shutil.rmtree(folder)
         print(f"saved to {out}; {out}/README.md says how to embed with it")
