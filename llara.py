@@ -21,7 +21,6 @@ mean of the last hidden states at its eight tokens, L2-normalised; passages use 
 import argparse, ast, contextlib, functools, gzip, json, math, os, re, resource, shutil, sys, sysconfig, tempfile, time
 from collections import namedtuple
 from pathlib import Path
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a tokenizer's threads do not survive the fork of the workers
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -409,7 +408,7 @@ def shard(model, device):
 def save_checkpoint(model, optimizer, args, step):
     """What --resume needs, as output/checkpoint-STEP: written aside, renamed when whole; then the older one goes."""
     out, state = Path(args.output), dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(out / "checkpoint.tmp", overwrite=True))  # each rank its shards
+    dcp.save(state, checkpoint_id=out / "checkpoint.tmp")  # each rank its shards
     if dist.get_rank() == 0:
         old = list(out.glob("checkpoint-*"))
         (out / "checkpoint.tmp" / "run.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=1))
@@ -450,11 +449,11 @@ def prepare(args, rank, world, out):
     if args.batch_size % (args.micro_batch_size * world):
         raise BadInput(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch_size} x {world} ranks")
     dist.barrier()  # all have looked
-    if rank == 0 and not args.resume:
-        for ours in [*out.glob("checkpoint*"), out / "base"]:
+    if rank == 0:
+        for ours in [out / "checkpoint.tmp"] if args.resume else [*out.glob("checkpoint*"), out / "base"]:
             shutil.rmtree(ours, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
-        if not args.data:
+        if not (args.data or args.resume):
             python_docs(out / "python-docs.jsonl")
     dist.barrier()
     lines = Lines(args.data or [out / "python-docs.jsonl"], out)
@@ -585,6 +584,7 @@ def arguments(argv=None):
 
 def main():
     args, cuda = arguments(), torch.cuda.is_available()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a tokenizer's threads would not survive the fork of the workers
     logging.disable_progress_bar()  # transformers' own
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Tests of llara.py, each against something that llara.py did not compute: python -m pytest -q test_llara.py"""
-import functools, gzip, json, math, os, re, shutil, subprocess, sys
+"""Tests of llara.py and eval.py, each against something that they did not compute: python -m pytest -q test_llara.py"""
+import functools, gzip, json, math, os, random, re, shutil, subprocess, sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from unittest import mock
@@ -8,7 +8,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.p
 import numpy as np, pytest, torch, torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-import llara
+import eval as evaluation, llara
 torch.set_num_threads(1)  # as OMP_NUM_THREADS says to launched processes: they must compute the same bits
 
 PROMPTS = llara.Prompts([1, 5], [*range(60, 71), *range(100, 108)], [*range(71, 81), *range(108, 116)])
@@ -248,3 +248,134 @@ def test_refusals():
         assert said in refused(RUN + f"bad --overwrite {flags}")
     before = sorted(Path(".").rglob("*"))
     assert "in use" in refused(RUN + ".") and sorted(Path(".").rglob("*")) == before
+
+# ---- eval.py -----------------------------------------------------------------------------------------------------
+def trec_cases():
+    """Five queries full of ties, negative and zero grades, unjudged and unretrieved documents."""
+    r = random.Random(7)
+    for q in range(5):
+        docs = [f"d{i}" for i in range(30)] + ["D1", "é", "d"]
+        scores = {d: r.choice([0.5, 0.5 + 1e-9, 0.25, -1.0, 2.0]) for d in r.sample(docs, [33, 20, 5, 1, 33][q])}
+        yield {d: r.choice([-1, 0, 0, 1, 2, 3]) for d in r.sample(docs + ["unseen"], 16)}, scores
+
+TREC_EVAL = [(0.1852949, 0.2500000, 0.2500000, 1.0000000, 1.0000000, 0.2059753),  # as pytrec_eval has them
+             (0.1977207, 0.3333333, 0.1428571, 0.2857143, 0.2857143, 0.0695971),
+             (0.0689358, 0.3333333, 0.1666667, 0.1666667, 0.1666667, 0.0555556),
+             (0.3189139, 1.0000000, 0.1428571, 0.1428571, 0.1428571, 0.1428571),
+             (0.2400728, 0.5000000, 0.4000000, 1.0000000, 1.0000000, 0.2326944)]
+
+def test_measure_is_trec_eval():
+    for (grades, scores), expected in zip(trec_cases(), TREC_EVAL):
+        assert list(evaluation.measure(grades, scores).values()) == pytest.approx(expected, abs=1e-6)
+    for grades, scores in ({"a": 1}, {}), ({"a": 0}, {"a": 1}):
+        assert not any(evaluation.measure(grades, scores).values())
+
+@pytest.mark.parametrize("n, k, chunk", [(700, 20, 64), (700, 20, 1024), (5, 20, 64), (300, 200, 64), (300, 1, 300)])
+def test_search_is_exact_and_orders_ties(n, k, chunk):
+    r = np.random.default_rng(n + k)
+    queries, passages = r.integers(-1, 2, (30, 6)).astype("float32"), r.integers(-1, 2, (n, 6)).astype("float16")
+    keys, own = r.permutation(n), torch.from_numpy(r.integers(0, n, 30))
+    scores, found = evaluation.search(torch.from_numpy(queries), passages, keys, k, own, chunk)
+    for i in range(30):
+        every = sorted((-float(queries[i] @ passages[j]), keys[j]) for j in range(n) if keys[j] != own[i])[:k]
+        assert [(-s, key) for s, key in zip(scores[i].tolist(), found[i].tolist()) if s > -np.inf] == every
+
+def write_collection(folder, corpus, queries, qrels, split="test"):
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    for name, rows in ("corpus", corpus), ("queries", queries):
+        (folder / f"{name}.jsonl").write_text("".join((r if r == "{" else json.dumps(r)) + "\n" for r in rows))
+    (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + qrels if "\n" in qrels else qrels)
+    return folder
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    """A tiny random model and a collection of 700 documents: two chunks."""
+    folder, r = tmp_path_factory.mktemp("eval"), random.Random(0)
+    words = "llama alpaca wool hat sun moon tree".split()
+    texts = [" ".join(r.choices(words, k=r.randint(0, 30))) for _ in range(700)]
+    llara.small_model(texts, folder / "model", vocab_size=400)
+    corpus = [{"_id": f"d{i}", "title": "T" * (i % 2), "text": t} for i, t in enumerate(texts)]
+    queries = [{"_id": f"d{i}", "text": "a hat of wool " + texts[i][:40]} for i in range(0, 40)]
+    qrels = [f"d{i}\td{i + j}\t{j}\n" for i in range(30) for j in range(3)] + ["no\tnone\t1\n"]
+    write_collection(folder / "data", corpus, queries, "".join(qrels))
+    return folder
+
+def evaluate(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
+    evaluation.main()
+
+def test_resume_ranks_and_report(collection, monkeypatch, capsys):
+    common = ["--model", collection / "model", "--data", collection / "data", "--skip-identical-ids", "--output"]
+    evaluate(monkeypatch, *common, collection / "one")
+    report = json.loads((collection / "one/metrics.json").read_text())["collections"]["data"]
+    assert "1 judged queries are not in queries.jsonl: they score 0 (no" in capsys.readouterr().out
+    assert len(report["per_query"]) == 31 and report["queries"] == 31 and not any(report["per_query"]["no"].values())
+    lines = [line.split() for line in (collection / "one/run.trec").read_text().splitlines()]
+    assert len(lines) == 30 * 699 and all(q != d for q, _, d, *_ in lines)
+    order = [(q, -np.float32(score)) for q, _, _, _, score, _ in lines]
+    assert all(a[1] <= b[1] for a, b in zip(order, order[1:]) if a[0] == b[0])
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    two = [*map(str, [*two, evaluation.__file__, *common, collection / "two"])]
+    subprocess.run(two, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (collection / "two/run.trec").read_bytes() == (collection / "one/run.trec").read_bytes()
+    file = next((collection / "one").glob("corpus-*"))
+    whole, old = file.read_bytes(), os.stat(file)
+    os.truncate(file, 600 * 128 * 4 + 5)  # as after a kill: a chunk and a bit
+    calls, pool = [], evaluation.pool
+    monkeypatch.setattr(evaluation, "pool", lambda hidden, ends: calls.append(len(ends)) or pool(hidden, ends))
+    evaluate(monkeypatch, *common, collection / "one")
+    assert file.read_bytes() == whole and sum(calls) == 700 - 512
+    evaluate(monkeypatch, *common, collection / "one", "--passage-length", "100")  # another setting, another file
+    assert file.read_bytes() == whole and len(list((collection / "one").glob("corpus-*"))) == 2
+
+def test_encode_is_llara_encode(collection):
+    model, tokenizer, _ = evaluation.load(collection / "model", torch.float32, "cpu")
+    texts = evaluation.Texts(collection / "data/corpus.jsonl")
+    rows, vectors = evaluation.encode(model, tokenizer, texts, np.arange(50), "self", 90, collection / "x", budget=300)
+    expected = llara.encode(model, tokenizer, [texts.row(i)[1] for i in rows], "self", 90)
+    assert sorted(rows) == list(range(50)) and np.abs(vectors - expected).max() < 1e-5
+
+ROW, QUERY, JUDGED = {"_id": "d", "text": "t"}, {"_id": "q", "text": "t"}, "q\td\t1\n"
+
+@pytest.mark.parametrize("corpus, queries, qrels, sentence", [
+    ([ROW, ROW], [QUERY], JUDGED, "corpus.jsonl:2: the id 'd' is also that of"),
+    ([], [QUERY], JUDGED, "corpus.jsonl: no rows in there"),
+    ([ROW, "{"], [QUERY], JUDGED, "corpus.jsonl:2: no row"),
+    ([ROW], [{"_id": "a b", "text": ""}], JUDGED, "queries.jsonl:1: no row"),
+    ([ROW], [QUERY], "q\td\t1", "test.tsv:1: 'q\\td\\t1' should be a header"),
+    ([ROW], [QUERY], "q d 1\n", "test.tsv:2: 'q d 1' should be"),
+    ([ROW], [QUERY], "q\td\t1.5\n", "test.tsv:2: "),
+    ([ROW], [QUERY], "query-id\tcorpus-id\tscore", "holds no judgement")])
+def test_bad_input_is_a_sentence(collection, tmp_path, monkeypatch, corpus, queries, qrels, sentence):
+    with pytest.raises(SystemExit) as e:
+        data = write_collection(tmp_path / "data", corpus, queries, qrels)
+        evaluate(monkeypatch, "--model", collection / "model", "--data", data, "--output", tmp_path)
+    assert str(e.value).startswith("eval.py: ") and sentence in str(e.value) and "\n" not in str(e.value)
+
+@pytest.mark.parametrize("args, sentence", [
+    (["--split", "dev"], "dev.tsv: cannot be read"), (["--data", "nowhere"], "nowhere/qrels/test.tsv: cannot be read"),
+    (["--model", "nowhere/at/all"], "cannot be loaded"), (["--passage-length", "9"], "leaves no room"),
+    (["--top-k", "0"], "--top-k at least 1")])
+def test_bad_arguments_are_a_sentence(collection, tmp_path, monkeypatch, args, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        paths = "--model", collection / "model", "--data", collection / "data", "--output", tmp_path
+        evaluate(monkeypatch, *paths, *args)
+
+def test_python_collection(tmp_path, monkeypatch):
+    long = "It has a rest that is long enough to be worth a search, with more than fifteen words in all, so it is kept."
+    twice = [f'def {name}():\n  """Make f from a thing.\n\n  {long}"""\n' for name in "fg"]
+    (tmp_path / "m.py").write_text("".join(twice))
+    monkeypatch.setattr(evaluation.sysconfig, "get_path", lambda _: str(tmp_path))
+    evaluation.python_collection(tmp_path / "out")
+    assert evaluation.Texts(tmp_path / "out/queries.jsonl").row(0) == ("m.py:1", "Make from a thing.")
+    assert evaluation.Texts(tmp_path / "out/corpus.jsonl").row(0) == ("m.py:1", long)
+    assert evaluation.read_qrels(tmp_path / "out/qrels/test.tsv") == {"m.py:1": {"m.py:1": 1}}
+
+def test_model_without_special_tokens(collection, tmp_path):
+    model, tokenizer, _ = evaluation.load(collection / "model", torch.float32, "cpu")
+    text = tokenizer.backend_tokenizer.to_str().replace("<s16>", "<x16>")
+    for file in (collection / "model").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(llara.BadInput, match="not one token each"):
+        evaluation.load(tmp_path, torch.float32, "cpu")

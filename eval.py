@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: MIT
+"""Measures a LLaRA model by dot-product retrieval on collections in BEIR layout, with the numbers of trec_eval.
+
+    FOLDER/corpus.jsonl    {"_id", "title", "text"}  -> SELF prompt -> (n, d) on disk, a file per rank -.
+    FOLDER/queries.jsonl   {"_id", "text"}           -> NEXT prompt -> (q, d) -> exact top k by blocks <'
+    FOLDER/qrels/test.tsv  query-id, corpus-id, score                         -> nDCG, MRR, recall, MAP
+
+    python eval.py                          # ./out on docstrings of the installed Python; --model out/base: untrained
+    torchrun --nproc-per-node 8 eval.py --model BAAI/LLARA-passage --dtype bfloat16 --data msmarco --split dev
+
+The result does not depend on the number of ranks. A killed run, started again, goes on where it was.
+"""
+import argparse, ast, contextlib, hashlib, json, math, os, re, sys, sysconfig
+from pathlib import Path
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from tqdm import tqdm
+from llara import BadInput, Lines, make_prompts, pad, pool
+
+# ---- read a collection ---------------------------------------------------------------------------------------------
+class Texts(Lines):
+    """corpus.jsonl or queries.jsonl: ids in memory, texts read when needed. BadInput names a bad line."""
+
+    def __init__(self, path):
+        super().__init__([path])
+        self.ids, self.empty, self.digest = [], [], hashlib.sha256()
+        for i in range(len(self.lengths)):
+            name, text = self.row(i)
+            self.ids.append(name)
+            self.empty += [] if text else [self.name(i)]
+            self.digest.update(f"{name}\n{text}\n".encode())
+        self.by_id = sorted(range(len(self.ids)), key=self.ids.__getitem__, reverse=True)  # trec_eval's order of ties
+        for a, b in zip(self.by_id, self.by_id[1:]):
+            if self.ids[a] == self.ids[b]:
+                raise BadInput(f"{self.name(b)}: the id {self.ids[b]!r} is also that of {self.name(a)}")
+
+    def name(self, i):
+        return f"{self.paths[0]}:{i + 1}"
+
+    def row(self, i):  # -> id, title and text joined by one space
+        try:
+            row = json.loads(os.pread(self.files[0].fileno(), self.lengths[i], self.starts[i]))
+            name, text = str(row["_id"]), f'{row.get("title") or ""} {row["text"] + ""}'.strip()
+            if name.split() != [name]:
+                raise ValueError(f"the id {name!r} is empty or has white space, which no TREC run can hold")
+            (name + text).encode()  # a lone surrogate cannot be tokenised
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+            raise BadInput(f'{self.name(i)}: no row {{"_id": "..", "text": ".."}} ({type(e).__name__}: {e})') from None
+        return name, text
+
+def read_qrels(path):
+    """-> {query: {document: grade}}. BadInput names file and line of what is neither header nor judgement."""
+    try:
+        lines, qrels = path.read_text(encoding="utf-8").splitlines(), {}
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{path}: cannot be read ({e}); splits: {[p.stem for p in path.parent.glob('*.tsv')]}") from None
+    for number, line in enumerate(lines, 1):
+        graded = re.fullmatch(r"(\S+)\t(\S+)\t(-?\d+)\s*", line)
+        if line.count("\t") != 2 or bool(graded) == (number == 1):
+            what = "a header: query-id, corpus-id, score" if number == 1 else "query id, document id, whole number"
+            raise BadInput(f"{path}:{number}: {line[:60]!r} should be {what}, with tabs (not spaces) between")
+        if graded:
+            qrels.setdefault(graded[1], {})[graded[2]] = int(graded[3])
+    if not qrels:
+        raise BadInput(f"{path}: holds no judgement")
+    return qrels
+
+def python_collection(folder):
+    """Writes a collection made of the docstrings in the installed Python's library. Query: the summary, less the
+    object's own name; the one relevant document: the rest. Left out: what is short, or repeats a line of another."""
+    root, seen, rows = Path(sysconfig.get_path("stdlib")), set(), {}
+    for file in (f for f in sorted(root.rglob("*.py")) if not re.search(r"/(site-packages|\w*tests?)/", str(f))):
+        with contextlib.suppress(SyntaxError, ValueError):
+            for node in ast.walk(ast.parse(file.read_bytes())):
+                if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                    summary, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
+                    query = " ".join(re.sub(rf"\b{node.name}\b(\(.*?\))?", " ", summary, flags=re.I | re.S).split())
+                    lines = {query.lower(), *(line.strip() for line in rest.splitlines() if len(line) > 30)}
+                    if len(query.split()) > 3 and len(rest.split()) > 15 and seen.isdisjoint(lines):
+                        rows[f"{file.relative_to(root)}:{node.lineno}".replace(" ", "")] = query, " ".join(rest.split())
+                    seen |= lines
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    for side, file in enumerate(("queries.jsonl", "corpus.jsonl")):
+        (folder / file).write_text("".join(json.dumps({"_id": i, "text": row[side]}) + "\n" for i, row in rows.items()))
+    (folder / "qrels/test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *(f"{i}\t{i}\t1" for i in rows)]))
+
+# ---- encode --------------------------------------------------------------------------------------------------------
+def load(name, dtype, device):
+    """-> the body of a HF causal language model, its tokenizer, and a digest of both. No code from the folder is run.
+    BadInput if it is no complete LLaRA model; only a head is not needed."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, info = transformers.AutoModel.from_pretrained(name, dtype=dtype, attn_implementation="sdpa",
+                                                             trust_remote_code=False, output_loading_info=True)
+    except (OSError, ValueError) as e:
+        raise BadInput(f"--model {name}: cannot be loaded: {str(e).strip().splitlines()[0]}") from e
+    if info["missing_keys"] or max(map(max, make_prompts(tokenizer))) >= model.get_input_embeddings().num_embeddings:
+        raise BadInput(f"--model {name}: lacks {sorted(info['missing_keys'])[:3] or 'embeddings of <s1>..<s16>'}")
+    digest = hashlib.sha256((model.config.to_json_string() + tokenizer.backend_tokenizer.to_str()).encode())
+    for key, weight in model.state_dict().items():  # all of it: two models may differ in the rows of <s1>..<s16> alone
+        digest.update(key.encode() + weight.contiguous().flatten().view(torch.uint8).numpy().data)
+    return model.to(device).eval(), tokenizer, digest.hexdigest()
+
+@torch.inference_mode()
+def encode(model, tokenizer, texts, rows, prompt, max_length, path, digest="", rank=0, world=1, budget=4096, chunk=512):
+    """Embeds texts[rows] (of their chunks every world-th), streamed to a file `path`-.. of raw float32 or float16.
+    rows (n,): indices; prompt: "self" or "next"; max_length, in tokens, includes it; budget: tokens a batch, with pads.
+    -> indices (m,) of the texts in the file, in order; the file as an array (m, d). Its name tells all that shapes an
+    embedding; whole chunks found there are kept. FloatingPointError if an embedding is not finite."""
+    prompts = make_prompts(tokenizer)
+    suffix = getattr(prompts, prompt.upper())
+    room = max_length - len(prompts.prefix) - len(suffix)
+    if room < 1:
+        raise BadInput(f"a length of {max_length} tokens leaves no room for text: the prompt takes {max_length - room}")
+    rows = rows[np.argsort(-texts.lengths[rows], kind="stable")]  # (n,) longest first, by bytes
+    chunks = [rows[i:i + chunk] for i in range(0, len(rows), chunk)][rank::world]
+    rows, d = np.concatenate([rows[:0], *chunks]), model.config.hidden_size          # (m,)
+    dtype = torch.float32 if model.dtype == torch.float32 else torch.float16
+    made_of = (digest, texts.digest.hexdigest(), hashlib.sha256(rows).hexdigest(), prompt, max_length, budget, chunk,
+               model.dtype, model.device.type, torch.__version__, transformers.__version__)
+    path = Path(f"{path}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.{rank}-of-{world}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file, tqdm(total=len(rows), unit="text", desc=path.name[:6], disable=rank > 0) as bar:
+        size = d * dtype.itemsize                                                    # of an embedding, in bytes
+        done = len(chunks) if file.tell() == len(rows) * size else file.tell() // (chunk * size)
+        file.truncate(min(file.tell(), done * chunk * size))  # half a chunk is made again, in the same batches
+        bar.update(min(len(rows), done * chunk))
+        for some in chunks[done:]:
+            ids = tokenizer([texts.row(i)[1] for i in some], add_special_tokens=False, truncation=True, max_length=room,
+                            split_special_tokens=True).input_ids  # split: "<s1>" in a text is text
+            ids = [[*prompts.prefix, *row, *suffix] for row in ids]
+            order, out = sorted(range(len(ids)), key=lambda i: -len(ids[i])), torch.empty(len(ids), d, dtype=dtype)
+            while order:
+                n = max(1, budget // len(ids[order[0]]))
+                batch, lengths = [ids[i] for i in order[:n]], [len(ids[i]) for i in order[:n]]
+                # Pads are on the right, where causal attention never looks: no mask is needed, and fast kernels run.
+                hidden = model.base_model(input_ids=pad(batch).to(model.device), use_cache=False).last_hidden_state
+                out[order[:n]] = pool(hidden, torch.tensor(lengths, device=hidden.device)).to("cpu", dtype)  # (B, d)
+                order = order[n:]
+                bar.update(len(batch))
+            if not out.isfinite().all():
+                raise FloatingPointError(f"embeddings overflow in {model.dtype}: take --dtype bfloat16 or float32")
+            file.write(out.numpy().data)
+            file.flush()
+    return rows, np.memmap(path, str(dtype)[6:], "c", shape=(len(rows), d)) if len(rows) else np.empty((0, d), "f4")
+
+# ---- search --------------------------------------------------------------------------------------------------------
+def best(scores, keys, k):
+    """The k highest of each row, ties by the smaller key: (q, m), (q, m) -> (q, k), (q, k)."""
+    keys, at = keys.sort(1)                                                          # (q, m)
+    scores, order = scores.gather(1, at).sort(dim=1, descending=True, stable=True)   # (q, m)
+    return scores[:, :k], keys.gather(1, order)[:, :k]
+
+def search(queries, passages, keys, k, own=None, chunk=4096, rank=0):
+    """Exact top k by dot product in float32. queries (q, d): tensor, on the device to use; passages (n, d): array, read
+    once; keys (n,): of two equal scores the smaller key wins; own (q,): a key that a query must not find.
+    -> scores (q, k), highest first, and keys (q, k); where there are no k passages, scores of -inf."""
+    q, device = len(queries), queries.device
+    found = torch.full((q, 2 * k + chunk), -torch.inf, device=device)  # (q, w) scores of candidates; keys; number (q,)
+    found_keys, counts = found.new_zeros(found.shape, dtype=torch.int64), found.new_zeros(q, dtype=torch.int64)
+    floors = torch.full((q, 1), torch.finfo(torch.float32).min, device=device)       # (q, 1) the score to reach
+    buffer = torch.empty(min(q, 1024), chunk, device=device)  # always the same memory: fresh pages cost time
+    # Passages come sorted by length, which scores may depend on. In random order the floor rises soonest.
+    for start in tqdm(np.random.default_rng(0).permutation(range(0, len(passages), chunk)), "search", disable=rank > 0):
+        part = torch.from_numpy(passages[start:start + chunk]).to(device).float()    # (c, d)
+        key = torch.from_numpy(keys[start:start + chunk]).to(device)                 # (c,)
+        for b in (slice(i, min(q, i + 1024)) for i in range(0, q, 1024)):
+            count, floor = counts[b], floors[b]                                      # (b,), (b, 1)
+            scores = torch.mm(queries[b], part.T, out=buffer[:len(count), :len(key)])  # (b, c)
+            if own is not None:
+                scores.masked_fill_(own[b, None] == key, -torch.inf)
+            if len(key) >= k and not count.any():  # the first chunk: no more than its k best
+                floor.clamp_(min=scores.topk(k).values[:, -1:])
+            at = (torch.from_numpy(np.flatnonzero(scores.numpy() >= floor.numpy())) if device.type == "cpu" else
+                  (scores >= floor).flatten().nonzero()[:, 0])  # (h,) on CPU numpy: torch's threads wait for each other
+            row, column = at // len(key), at % len(key)                              # (h,) few, once the floor is high
+            more = row.bincount(minlength=len(scores))                               # (b,)
+            place = count[row] + torch.arange(len(row), device=device) - (more.cumsum(0) - more)[row]  # (h,)
+            found[b][row, place], found_keys[b][row, place] = scores[row, column], key[column]
+            if (used := int(count.add_(more).max())) > 2 * k:  # else there is room for another chunk
+                found[b, :k], found_keys[b, :k] = best(found[b, :used], found_keys[b, :used], k)
+                found[b, k:] = -torch.inf
+                floor.clamp_(min=found[b, k - 1:k])
+                count.clamp_(max=k)
+    return best(found[:, :2 * k], found_keys[:, :2 * k], k)
+
+# ---- metrics -------------------------------------------------------------------------------------------------------
+def measure(grades, scores):
+    """trec_eval's numbers for a query: {document: whole number}, {document: score} -> {metric: value}. Scores count as
+    float32, ties go by id, descending; a grade above 0 is relevant and is the gain; without results all is 0."""
+    ranked = sorted(scores, key=lambda name: (np.float32(scores[name]), name), reverse=True)
+    gains = [max(0, grades.get(name, 0)) for name in ranked]
+    ideal = sorted((grade for grade in grades.values() if grade > 0), reverse=True)
+    ranks, total = [rank for rank, gain in enumerate(gains, 1) if gain], max(1, len(ideal))
+    dcg, most = (sum(gain / math.log2(rank + 1) for rank, gain in enumerate(g[:10], 1)) for g in (gains, ideal))
+    return {"nDCG@10": dcg / (most or 1), "MRR@10": sum(1 / rank for rank in ranks[:1] if rank <= 10),
+            **{f"Recall@{k}": sum(rank <= k for rank in ranks) / total for k in (10, 100, 1000)},
+            "MAP@1000": sum(n / rank for n, rank in enumerate(ranks, 1) if rank <= 1000) / total}
+
+def mean(rows):
+    return {metric: sum(row[metric] for row in rows) / len(rows) for metric in rows[0]}
+
+# ---- main ----------------------------------------------------------------------------------------------------------
+def evaluate(args, folder, output, model, tokenizer, digest):
+    """Encodes, searches and scores one collection; rank 0 writes output/run.trec. -> its part of metrics.json."""
+    rank, world, qrels = dist.get_rank(), dist.get_world_size(), read_qrels(folder / "qrels" / f"{args.split}.tsv")
+    queries, corpus = Texts(folder / "queries.jsonl"), Texts(folder / "corpus.jsonl")
+    odd = {"judged queries are not in queries.jsonl: they score 0": qrels.keys() - queries.ids,
+           "judged documents are not in corpus.jsonl: never found": set().union(*qrels.values()).difference(corpus.ids),
+           "texts are empty: searched as they are": queries.empty + corpus.empty}
+    notes = [f"{folder}: {len(v)} {what} ({', '.join(sorted(v)[:3])} ..)" for what, v in odd.items() if v]
+    print(*(note + "\n" for note in notes if rank == 0), sep="", end="", flush=True)
+    asked = np.array([i for i, name in enumerate(queries.ids) if name in qrels], np.int64)  # (q,)
+    how = dict(digest=digest, rank=rank, world=world, budget=args.batch_tokens)
+    mine, part = encode(model, tokenizer, queries, asked, args.query_prompt, args.query_length,
+                        output / "queries", **how)
+    embedded = torch.zeros(len(queries.ids), part.shape[1])                          # (all queries, d)
+    embedded[mine] = torch.from_numpy(part).float()
+    dist.all_reduce(embedded)
+    chunk = 4096 if len(corpus.ids) > 100_000 else 512  # not by the number of ranks: so batches and scores are the same
+    mine, passages = encode(model, tokenizer, corpus, np.arange(len(corpus.ids)), "self", args.passage_length,
+                            output / "corpus", chunk=chunk, **how)
+    keys, own = np.empty(len(corpus.ids), np.int64), None
+    keys[corpus.by_id] = np.arange(len(keys))                                        # (n,)
+    if args.skip_identical_ids:
+        key_of = dict(zip(corpus.ids, keys.tolist()))
+        own = torch.tensor([key_of.get(queries.ids[i], -1) for i in asked], device=model.device)  # (q,)
+    parts = search(embedded[asked].to(model.device), passages, keys[mine], args.top_k, own, chunk, rank)
+    parts = [(t.cpu().contiguous(), [torch.empty(t.shape, dtype=t.dtype) for _ in range(world)]) for t in parts]
+    for part, every in parts:
+        dist.all_gather(every, part)
+    scores, found = best(*(torch.cat(every, 1) for _, every in parts), args.top_k)   # (q, k)
+    per_query = {name: measure(grades, {}) for name, grades in qrels.items()}
+    with open(output / "run.trec" if rank == 0 else os.devnull, "w", encoding="utf-8") as run:
+        for name, *row in zip((queries.ids[i] for i in asked), scores.tolist(), found.tolist()):
+            result = {corpus.ids[corpus.by_id[key]]: score for score, key in zip(*row) if score > -math.inf}
+            run.writelines(f"{name} Q0 {i} {n} {result[i]:.9g} llara\n" for n, i in enumerate(result, 1))
+            per_query[name] = measure(qrels[name], result)
+    return {"documents": len(corpus.ids), "queries": len(qrels), "notes": notes, "mean": mean([*per_query.values()]),
+            "per_query": per_query}
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure a LLaRA model by dot-product retrieval.")
+    add = parser.add_argument
+    add("--model", default="out", help="hub name or folder (default: out)")
+    add("--data", nargs="+", type=Path, help="folders in BEIR layout (default: one made of Python's docstrings)")
+    add("--split", default="test", help="which qrels (default: test)")
+    add("--output", type=Path, help="folder for metrics.json, run.trec and the embeddings (default: MODEL/eval)")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: float32")
+    add("--query-prompt", default="next", choices=["next", "self"], help="passages always take SELF (default: next)")
+    add("--query-length", type=int, default=64, help="in tokens, with the prompt (default: 64)")
+    add("--passage-length", type=int, default=160, help="in tokens, with the prompt (default: 160)")
+    add("--batch-tokens", type=int, default=16384 if torch.cuda.is_available() else 4096, help="of a batch, with pads")
+    add("--top-k", type=int, default=1000, help="documents a query (default: 1000)")
+    add("--skip-identical-ids", action="store_true", help="no query finds the document of its own id (ArguAna, Quora)")
+    args = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing forks here
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # no torchrun
+    dist.init_process_group("gloo", **alone)  # only queries and their results travel, from CPU to CPU
+    try:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+        output = args.output or Path(args.model if os.path.isdir(args.model) else os.path.basename(args.model)) / "eval"
+        loaded, folders = load(args.model, getattr(torch, args.dtype), device), args.data or [output / "python"]
+        if not args.data and dist.get_rank() == 0:
+            python_collection(folders[0])
+        dist.barrier()
+        names = {folder.resolve().name: folder for folder in folders}
+        if len(names) < len(folders) or args.top_k < 1:
+            raise BadInput("--data needs folders of different names, --top-k at least 1")
+        results = {n: evaluate(args, f, output / n if len(names) > 1 else output, *loaded) for n, f in names.items()}
+        average = mean([r["mean"] for r in results.values()])
+        if dist.get_rank() == 0:
+            versions = {"python": sys.version, **{m.__name__: m.__version__ for m in (torch, transformers, np)}}
+            report = {"settings": vars(args), "versions": versions, "average": average, "collections": results}
+            (output / "metrics.json").write_text(json.dumps(report, indent=1, default=str))
+            print(f"{'':20}" + "".join(f"{name:>12}" for name in ("documents", "queries", *average)))
+            for name, r in (results | {"average": {"mean": average}} if len(names) > 1 else results).items():
+                print(f"{name:20}{r.get('documents', ''):>12}{r.get('queries', ''):>12}"
+                      + "".join(f"{value:12.4f}" for value in r["mean"].values()))
+    except (BadInput, FloatingPointError, OSError, torch.OutOfMemoryError) as e:
+        sys.exit(f"eval.py: {e}" if dist.get_rank() == 0 or not isinstance(e, BadInput) else 1)
+    finally:
+        dist.destroy_process_group()
+
+if __name__ == "__main__":
+    main()
