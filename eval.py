@@ -173,8 +173,8 @@ def search(queries, passages, keys, k, own=None, chunk=4096, rank=0):
                 scores.masked_fill_(own[b, None] == key, -torch.inf)
             if len(key) >= k and not count.any():  # the first chunk: no more than its k best
                 floor.clamp_(min=scores.topk(k).values[:, -1:])
-            at = (torch.from_numpy(np.flatnonzero(scores.numpy() >= floor.numpy())) if device.type == "cpu" else
-                  (scores >= floor).flatten().nonzero()[:, 0])  # (h,) on CPU numpy: torch's threads wait for each other
+            over = scores >= floor                                                   # (b, c)
+            at = torch.from_numpy(np.flatnonzero(over)) if device.type == "cpu" else over.flatten().nonzero()[:, 0]
             row, column = at // len(key), at % len(key)                              # (h,) few, once the floor is high
             more = row.bincount(minlength=len(scores))                               # (b,)
             place = count[row] + torch.arange(len(row), device=device) - (more.cumsum(0) - more)[row]  # (h,)
