@@ -593,7 +593,7 @@ def main():
     try:
         train(args)
     except (BadInput, OSError) as e:  # OSError: a full disk, no permission
-        sys.exit(f"llara.py: {e}" if dist.get_rank() == 0 else 1)
+        sys.exit(f"llara.py: {e}" if dist.get_rank() == 0 or isinstance(e, OSError) else 1)
     finally:
         dist.destroy_process_group()
 
