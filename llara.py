@@ -450,8 +450,8 @@ def prepare(args, rank, world, out):
         raise BadInput(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch_size} x {world} ranks")
     dist.barrier()  # all have looked
     if rank == 0:
-        for ours in [out / "checkpoint.tmp"] if args.resume else [*out.glob("checkpoint*"), out / "base"]:
-            shutil.rmtree(ours, ignore_errors=True)
+        for old in [out / "checkpoint.tmp"] if args.resume else out.glob("checkpoint*"):
+            shutil.rmtree(old, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
         if not (args.data or args.resume):
             python_docs(out / "python-docs.jsonl")
