@@ -10,44 +10,36 @@
 
 The result does not depend on the number of ranks. A killed run, started again, goes on where it was.
 """
-import argparse, ast, contextlib, hashlib, json, math, os, re, sys, sysconfig
+import argparse, hashlib, json, math, os, re, sys
 from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
-from llara import BadInput, Lines, make_prompts, pad, pool
+from llara import BadInput, Lines, docstrings, make_prompts, pad, pool, sequences
 
 # ---- read a collection ---------------------------------------------------------------------------------------------
 class Texts(Lines):
     """corpus.jsonl or queries.jsonl: ids in memory, texts read when needed. BadInput names a bad line."""
-
     def __init__(self, path):
         super().__init__([path])
-        self.ids, self.empty, self.digest = [], [], hashlib.sha256()
-        for i in range(len(self.lengths)):
-            name, text = self.row(i)
+        self.ids, self.empty, self.digest, first = [], [], hashlib.sha256(), {}
+        for line in self.full:
+            name, text = self[line]
+            if first.setdefault(name, line) != line:
+                raise BadInput(f"{self.place(line)[1]}: the id {name!r} is also that of {self.place(first[name])[1]}")
             self.ids.append(name)
-            self.empty += [] if text else [self.name(i)]
+            self.empty += [] if text else [self.place(line)[1]]
             self.digest.update(f"{name}\n{text}\n".encode())
         self.by_id = sorted(range(len(self.ids)), key=self.ids.__getitem__, reverse=True)  # trec_eval's order of ties
-        for a, b in zip(self.by_id, self.by_id[1:]):
-            if self.ids[a] == self.ids[b]:
-                raise BadInput(f"{self.name(b)}: the id {self.ids[b]!r} is also that of {self.name(a)}")
 
-    def name(self, i):
-        return f"{self.paths[0]}:{i + 1}"
-
-    def row(self, i):  # -> id, title and text joined by one space
-        try:
-            row = json.loads(os.pread(self.files[0].fileno(), self.lengths[i], self.starts[i]))
-            name, text = str(row["_id"]), f'{row.get("title") or ""} {row["text"] + ""}'.strip()
-            if name.split() != [name]:
-                raise ValueError(f"the id {name!r} is empty or has white space, which no TREC run can hold")
-            (name + text).encode()  # a lone surrogate cannot be tokenised
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            raise BadInput(f'{self.name(i)}: no row {{"_id": "..", "text": ".."}} ({type(e).__name__}: {e})') from None
+    def parse(self, row):  # -> id, title and text joined by one space
+        '{"_id": "..", "text": ".."[, "title": ".."]}'
+        name, text = str(row["_id"]), f'{row.get("title") or ""} {row["text"] + ""}'.strip()
+        if name.split() != [name]:
+            raise ValueError(f"the id {name!r} is empty or has white space, which no TREC run can hold")
+        (name + text).encode()  # a lone surrogate cannot be tokenised
         return name, text
 
 def read_qrels(path):
@@ -70,21 +62,18 @@ def read_qrels(path):
 def python_collection(folder):
     """Writes a collection made of the docstrings in the installed Python's library. Query: the summary, less the
     object's own name; the one relevant document: the rest. Left out: what is short, or repeats a line of another."""
-    root, seen, rows = Path(sysconfig.get_path("stdlib")), set(), {}
-    for file in (f for f in sorted(root.rglob("*.py")) if not re.search(r"/(site-packages|\w*tests?)/", str(f))):
-        with contextlib.suppress(SyntaxError, ValueError):
-            for node in ast.walk(ast.parse(file.read_bytes())):
-                if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                    summary, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
-                    query = " ".join(re.sub(rf"\b{node.name}\b(\(.*?\))?", " ", summary, flags=re.I | re.S).split())
-                    lines = {query.lower(), *(line.strip() for line in rest.splitlines() if len(line) > 30)}
-                    if len(query.split()) > 3 and len(rest.split()) > 15 and seen.isdisjoint(lines):
-                        rows[f"{file.relative_to(root)}:{node.lineno}".replace(" ", "")] = query, " ".join(rest.split())
-                    seen |= lines
+    seen, rows = set(), []
+    for _, name, text in docstrings():
+        summary, _, rest = text.partition("\n\n")
+        query = " ".join(re.sub(rf"\b{name}\b(\(.*?\))?", " ", summary, flags=re.I | re.S).split())
+        lines = {query.lower(), *(line.strip() for line in rest.splitlines() if len(line) > 30)}
+        if name and len(query.split()) > 3 and len(rest.split()) > 15 and seen.isdisjoint(lines):
+            rows.append((query, " ".join(rest.split())))
+        seen |= lines
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for side, file in enumerate(("queries.jsonl", "corpus.jsonl")):
-        (folder / file).write_text("".join(json.dumps({"_id": i, "text": row[side]}) + "\n" for i, row in rows.items()))
-    (folder / "qrels/test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *(f"{i}\t{i}\t1" for i in rows)]))
+        (folder / file).write_text("".join(json.dumps({"_id": i, "text": r[side]}) + "\n" for i, r in enumerate(rows)))
+    (folder / "qrels/test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *(f"{i}\t{i}\t1" for i in range(len(rows)))]))
 
 # ---- encode --------------------------------------------------------------------------------------------------------
 def load(name, dtype, device):
@@ -110,11 +99,7 @@ def encode(model, tokenizer, texts, rows, prompt, max_length, path, digest="", r
     -> indices (m,) of the texts in the file, in order; the file as an array (m, d). Its name tells all that shapes an
     embedding; whole chunks found there are kept. FloatingPointError if an embedding is not finite."""
     prompts = make_prompts(tokenizer)
-    suffix = getattr(prompts, prompt.upper())
-    room = max_length - len(prompts.prefix) - len(suffix)
-    if room < 1:
-        raise BadInput(f"a length of {max_length} tokens leaves no room for text: the prompt takes {max_length - room}")
-    rows = rows[np.argsort(-texts.lengths[rows], kind="stable")]  # (n,) longest first, by bytes
+    rows = rows[np.argsort(-texts.lengths[texts.full[rows]], kind="stable")]  # (n,) longest first, by bytes
     chunks = [rows[i:i + chunk] for i in range(0, len(rows), chunk)][rank::world]
     rows, d = np.concatenate([rows[:0], *chunks]), model.config.hidden_size          # (m,)
     dtype = torch.float32 if model.dtype == torch.float32 else torch.float16
@@ -128,9 +113,7 @@ def encode(model, tokenizer, texts, rows, prompt, max_length, path, digest="", r
         file.truncate(min(file.tell(), done * chunk * size))  # half a chunk is made again, in the same batches
         bar.update(min(len(rows), done * chunk))
         for some in chunks[done:]:
-            ids = tokenizer([texts.row(i)[1] for i in some], add_special_tokens=False, truncation=True, max_length=room,
-                            split_special_tokens=True).input_ids  # split: "<s1>" in a text is text
-            ids = [[*prompts.prefix, *row, *suffix] for row in ids]
+            ids = sequences(tokenizer, [texts[texts.full[i]][1] for i in some], prompts, prompt.upper(), max_length)
             order, out = sorted(range(len(ids)), key=lambda i: -len(ids[i])), torch.empty(len(ids), d, dtype=dtype)
             while order:
                 n = max(1, budget // len(ids[order[0]]))

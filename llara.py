@@ -11,14 +11,15 @@ A passage is followed by two prompts, in one sequence, and the model is run once
     NEXT                  yes          no     causal      the passage that follows it.
 
 NEXT never sees SELF and its positions start where SELF's start, so one pass equals two. The embedding of a text is the
-mean of the last hidden states at its eight tokens, L2-normalised; passages use SELF, queries use NEXT.
+mean of the last hidden states at its eight tokens, L2-normalised; passages use SELF, queries use NEXT. Two stages:
 
     python llara.py                                            # a tiny model on Python's own documentation, in minutes
     torchrun llara.py --data wiki.jsonl                        # the same on your text
     torchrun --nproc-per-node 8 llara.py --data wiki.jsonl --model meta-llama/Llama-2-7b-hf --gradient-checkpointing
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 llara.py ...  # on both nodes
+    torchrun llara.py --stage finetune --model out --data pairs.jsonl --output retriever  # then: contrastive learning
 """
-import argparse, ast, contextlib, functools, gzip, json, math, os, re, resource, shutil, sys, sysconfig, tempfile, time
+import argparse, ast, fcntl, functools, gzip, json, math, os, re, resource, shutil, signal, sys, sysconfig, tempfile, time
 from collections import namedtuple
 from pathlib import Path
 import numpy as np
@@ -27,9 +28,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dcp_state
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast, logging)
@@ -43,6 +44,7 @@ PREFIX = '"'
 SELF = '", summarize the above passage within eight words: ' + "".join(SPECIAL[:8])
 NEXT = '", predict the following passage within eight words: ' + "".join(SPECIAL[8:])
 Prompts = namedtuple("Prompts", "prefix SELF NEXT")  # lists of token ids; SELF and NEXT end with their eight tokens
+PLAIN = dict(add_special_tokens=False, split_special_tokens=True)  # "<s1>" in a text must not forge a prompt
 
 def make_prompts(tokenizer):
     """The prompts in this tokenizer's ids: 2, 19 and 18 of them for Llama-2. BadInput if an <sN> is not one token."""
@@ -50,6 +52,15 @@ def make_prompts(tokenizer):
     if prompts.SELF[-8:] + prompts.NEXT[-8:] != [tokenizer.get_vocab().get(token) for token in SPECIAL]:
         raise BadInput("<s1>..<s16> are not one token each in this tokenizer; llara.load adds them to a causal LM")
     return prompts
+
+def sequences(tokenizer, texts, prompts, kind, max_length):
+    """Texts -> lists of ids: prefix, text, and prompt `kind`, "SELF" or "NEXT"; of at most max_length tokens in all."""
+    suffix = getattr(prompts, kind)
+    room = max_length - len(prompts.prefix) - len(suffix)
+    if room < 1:
+        raise BadInput(f"a length of {max_length} tokens leaves no room for text: the prompt takes {max_length - room}")
+    return [[*prompts.prefix, *ids, *suffix]
+            for ids in tokenizer(texts, **PLAIN, truncation=True, max_length=room).input_ids]
 
 # ---- data: lines -> passages -> examples -> steps --------------------------------------------------------------------
 # The English stop words of NLTK, as in the released code; those with an apostrophe cannot occur once [\W_]+ is gone.
@@ -72,16 +83,12 @@ def boundary(text, k, n):
     ends = [m.end() for m in SENTENCE_END.finditer(text, at - reach, at + reach)]
     return min(ends, key=lambda end: abs(end - at)) if ends else text.find(" ", at, at + reach) + 1 or at
 
-def article(row):
-    """The text of a row, after its title if it has one."""
-    return "\n".join(filter(None, [row.get("title"), row.get("text", row.get("input"))]))
-
 class Lines:
     """Random access to the rows of .jsonl files by byte offset: 16 bytes a line are held. A .gz has no random access:
     it costs an unpacked copy, in an unnamed file in the folder `scratch`, for as long as the process lives."""
     def __init__(self, paths, scratch=None):
         self.paths = sum([sorted(p.glob("*.jsonl*")) if p.is_dir() else [p] for p in map(Path, paths)], [])
-        self.files, self.lengths, self.starts, self.first = [], np.zeros(0, np.int64), np.zeros(0, np.int64), [0]
+        self.files, self.first, lengths, starts = [], [0], [], []
         for path in self.paths:
             try:
                 self.files.append(open(path, "rb"))
@@ -89,57 +96,76 @@ class Lines:
                     packed, self.files[-1] = gzip.open(self.files[-1]), tempfile.TemporaryFile(dir=scratch)
                     shutil.copyfileobj(packed, self.files[-1])
                     self.files[-1].seek(0)
-                lengths = np.fromiter(map(len, self.files[-1]), np.int64)  # one scan for newlines, no parsing
+                sizes = np.fromiter((-len(x) if x.isspace() else len(x) for x in self.files[-1]), np.int64)  # no parsing
             except (OSError, EOFError, gzip.zlib.error) as e:
-                raise BadInput(f"--data {path}: {e}") from None
-            self.lengths = np.append(self.lengths, lengths)
-            self.starts = np.append(self.starts, lengths.cumsum() - lengths)
-            self.first.append(len(self.lengths))  # line of the next file
-        if not len(self.lengths):
-            raise BadInput(f"--data {' '.join(map(str, paths))}: no rows in there")
+                raise BadInput(f"{path}: {e}") from None
+            lengths.append(sizes)
+            starts.append(abs(sizes).cumsum() - abs(sizes))
+            self.first.append(self.first[-1] + len(sizes))  # line of the next file
+        self.lengths, self.starts = (np.concatenate([*arrays, np.zeros(0, np.int64)]) for arrays in (lengths, starts))
+        self.full = np.flatnonzero(self.lengths > 0)  # the other lines are empty
+        if not len(self.full):
+            raise BadInput(f"{' '.join(map(str, paths))}: no rows in there")
+
+    def place(self, i):  # -> the number of its file, "file:line"
+        file = np.searchsorted(self.first, i, side="right") - 1
+        return file, f"{self.paths[file]}:{i - self.first[file] + 1}"
 
     def __getitem__(self, i):
-        """-> "file:line" and line i as a dict of one of the two formats; BadInput if it is anything else."""
-        file = np.searchsorted(self.first, i, side="right") - 1
-        name = f"{self.paths[file]}:{i - self.first[file] + 1}"
+        """-> what parse() makes of line i. BadInput names the line if it is none of what parse() takes."""
+        file, name = self.place(i)
         try:
-            row = json.loads(os.pread(self.files[file].fileno(), self.lengths[i], self.starts[i]))
-            keys = ("input", "output_summarize", "output_predict") if "input" in row else ("text",)
-            "".join([row.get("title") or "", *(row[key] for key in keys)]).encode()  # a lone surrogate fails here
-            if not row[keys[0]].strip():
-                raise ValueError("empty text")
-            return name, row
+            return self.parse(json.loads(os.pread(self.files[file].fileno(), self.lengths[i], self.starts[i])))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            raise BadInput(f'{name}: not a row {{"text": ..}} nor {{"input": .., "output_summarize": .., '
-                           f'"output_predict": ..}} ({type(e).__name__}: {e}); mend it or make it empty') from None
+            raise BadInput(f"{name}: not a row {self.parse.__doc__} ({type(e).__name__}: {e})") from None
+
+class Articles(Lines):
+    """The text of adaptation, in one of two formats, the first row's. Whatever the format, it is read as examples."""
+    released = None
+
+    def parse(self, row):
+        '{"text": ..[, "title": ..]} or else {"input": .., "output_summarize": .., "output_predict": ..} throughout'
+        self.released = "input" in row if self.released is None else self.released
+        texts = [row[k] for k in (("input", "output_summarize", "output_predict") if self.released else ("text",))]
+        "".join([row.get("title") or "", *texts]).encode()  # a lone surrogate fails here
+        if not texts[0].strip():
+            raise ValueError("an empty text")
+        return texts if self.released else ["\n".join(filter(None, [row.get("title"), *texts]))]
 
     def count(self, tokenizer, room):
         """-> the number of examples, from the bytes of each line alone, so that nothing is tokenised before step 0: an
         article of n windows of `room` tokens has n - 1 pairs of adjacent passages, a released row is one example. How
         many bytes a token takes, 64 lines tell."""
-        size, tokens, full = 1, 1, np.flatnonzero(self.lengths > 2)  # 2: an empty line, "\r\n"
-        for i in full[np.linspace(0, len(full) - 1, 64 * (len(full) > 0)).astype(int)]:
-            text = article(self[i][1])
+        size = tokens = 1
+        for i in self.full[::len(self.full) // 64 + 1]:
+            text = self[i][0]
             size += self.lengths[i] * len(text[:20000]) / len(text)
-            tokens += len(tokenizer(text[:20000], add_special_tokens=False).input_ids)
+            tokens += len(tokenizer(text[:20000], **PLAIN).input_ids)
         windows = np.ceil(self.lengths / (0.9 * room * size / tokens))  # 0.9: so that few passages are cut
-        counts = np.maximum(windows - 1, 0).astype(np.int64)
-        for i, j in zip(self.first, self.first[1:]):
-            rows = full[np.searchsorted(full, i):np.searchsorted(full, j)]
-            if len(rows) and "input" in self[rows[0]][1]:  # a file is of one format, its first row's
-                counts[i:j] = self.lengths[i:j] > 2
-        self.ends = counts.cumsum()  # the examples up to and including each line
-        return int(counts.sum())
+        counts = self.lengths > 0 if self.released else np.maximum(windows - 1, 0)
+        self.ends = counts.astype(np.int64).cumsum()  # the examples up to and including each line
+        return int(self.ends[-1])
 
     def example(self, i):
         """-> "file:line", passage, the text of which EBAE predicts the tokens, and that of which EBAR does."""
         line = np.searchsorted(self.ends, i, side="right")
-        (name, row), k = self[line], int(i - (self.ends[line - 1] if line else 0))
-        if "input" in row:
-            return name, row["input"], row["output_summarize"], row["output_predict"]
-        text, n = article(row), int(self.ends[line] - i) + k + 1
-        a, b, c = (boundary(text, j, n) for j in (k, k + 1, k + 2))
-        return name, text[a:b].strip(), text[a:b].strip(), text[b:c].strip()
+        (text, *targets), first = self[line], self.ends[line - 1] if line else 0
+        if not targets:
+            k, n = int(i - first), int(self.ends[line] - first) + 1
+            a, b, c = (boundary(text, j, n) for j in (k, k + 1, k + 2))
+            text, targets = text[a:b].strip(), [text[a:b].strip(), text[b:c].strip()]
+        return self.place(line)[1], text, *targets
+
+class Pairs(Lines):
+    """The rows of fine-tuning."""
+    def parse(self, row):
+        '{"query": .., "pos": [.., ..], "neg": [.., ..]}, all of them texts that are not empty, and at least one "pos"'
+        query, positives, negatives = row["query"], row["pos"] + [], row.get("neg", []) + []  # + []: lists, no strings
+        texts = [query, *positives, *negatives]
+        "".join(texts).encode()
+        if not (positives and all(text.strip() for text in texts)):
+            raise ValueError("an empty text")
+        return query, positives, negatives
 
 def pad(rows, value=0):
     """Lists of ids -> (B, L) tensor, padded on the right."""
@@ -156,61 +182,98 @@ def collate(examples, prompts):
             "counts": torch.tensor([sum(map(len, passages)), sum(map(bool, targets)), sum(map(bool, following))])}
 
 class Steps(torch.utils.data.Dataset):
-    """Item i is what one rank needs for step i: its micro-batches, prepared in a worker, ahead of the device.
+    """Item i is what one rank needs for step i of adaptation, prepared in a worker, ahead of the device.
     Its examples are a pure function of seed, epoch and step: a new permutation each epoch, cut into global batches.
     Only *within* a global batch are they sorted by length and cut into micro-batches; the update does not depend on
     that cut, so padding is saved at no cost in randomness. To sort, every rank tokenises the whole global batch (a
     worker's time, not the device's), and so knows the counts of the global batch without asking the others."""
     def __init__(self, lines, tokenizer, prompts, args, rank=0, world=1):
         self.lines, self.tokenizer, self.prompts, self.args = lines, tokenizer, prompts, args
-        self.rank, self.world, self.room = rank, world, args.max_length - sum(map(len, prompts))  # tokens of a passage
-        self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.rank, self.world = rank, world
+        self.size = self.count()
+
+    def count(self):
+        self.special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self.room = self.args.max_length - sum(map(len, self.prompts))  # tokens of a passage
+        if math.ceil(self.args.batch_size / self.args.micro_batch_size) % self.world:
+            raise BadInput(f"--batch-size {self.args.batch_size} is no multiple of {self.args.micro_batch_size} x "
+                           f"{self.world} ranks")
         if self.room < 1:
-            raise BadInput(f"--max-length {args.max_length}: the prompts alone take {args.max_length - self.room}")
-        self.size = lines.count(tokenizer, self.room)
+            raise BadInput(f"--max-length {self.args.max_length}: the prompts take {self.args.max_length - self.room}")
+        return self.lines.count(self.tokenizer, self.room)
 
     @functools.lru_cache(2)
     def order(self, epoch):
         return np.random.default_rng([self.args.seed, epoch]).permutation(self.size)
 
+    def __getitem__(self, step):
+        places = (divmod(i, self.size) for i in range(step * self.args.batch_size, (step + 1) * self.args.batch_size))
+        try:
+            return self.prepare([(epoch, int(self.order(epoch)[i])) for epoch, i in places])
+        except BadInput as e:
+            return e  # raised in a worker, it would arrive as a traceback
+
     def examples(self, indices):
         """-> [("file:line", passage ids, EBAE target ids, EBAR target ids)]. One window cuts passage and targets, so
         that EBAE never asks for what the model did not see. Targets: unique, without stop words and special tokens."""
-        plain = dict(add_special_tokens=False, split_special_tokens=True)  # "<s1>" in a text must not forge a prompt
         window = dict(truncation=True, max_length=self.room, return_offsets_mapping=True)
         names, *columns = zip(*map(self.lines.example, indices))
-        cuts, bags = [self.tokenizer(texts, **plain, **window) for texts in columns], []
+        cuts, bags = [self.tokenizer(texts, **PLAIN, **window) for texts in columns], []
         for texts, cut in zip(columns[1:], cuts[1:]):
             words = [content_words(text[:at[-1][1]] if at else "") for text, at in zip(texts, cut.offset_mapping)]
-            bags.append([sorted(set(ids) - self.special) for ids in self.tokenizer(words, **plain).input_ids])
+            bags.append([sorted(set(ids) - self.special) for ids in self.tokenizer(words, **PLAIN).input_ids])
         return list(zip(names, cuts[0].input_ids, *bags))
 
-    def __getitem__(self, step):
-        batch, micro = self.args.batch_size, self.args.micro_batch_size
-        places = (divmod(i, self.size) for i in range(step * batch, (step + 1) * batch))
-        try:
-            examples = self.examples([self.order(epoch)[i] for epoch, i in places])
-        except BadInput as e:
-            return e  # raised in a worker, it would arrive as a traceback
+    def prepare(self, places):
+        micro, examples = self.args.micro_batch_size, self.examples([i for _, i in places])
         examples.sort(key=lambda e: -len(e[1]))  # longest first: too large a micro-batch shows at once
-        parts = [examples[i:i + micro] for i in range(0, batch, micro)]
+        parts = [examples[i:i + micro] for i in range(0, len(examples), micro)]
         micros = [collate([e[1:] for e in part], self.prompts) for part in parts]
         lengths = torch.tensor([sum(map(len, self.prompts)) + len(e[1]) for e in examples])
         return {"micros": micros[self.rank::self.world], "counts": sum(m["counts"] for m in micros), "lengths": lengths,
                 "lines": [[e[0] for e in part] for part in parts],
                 "padding": 1 - lengths.sum().item() / sum(m["input_ids"].numel() for m in micros)}
 
-def python_docs(path):
-    """Writes the documentation that every Python carries as articles: language reference and docstrings by module."""
-    from pydoc_data.topics import topics
-    root, articles = Path(sysconfig.get_path("stdlib")), dict(topics)
-    for file in sorted(root.rglob("*.py")):
-        if not {"site-packages", "test", "tests"} & set(file.relative_to(root).parts):
-            with contextlib.suppress(SyntaxError, ValueError):
-                nodes = [node for node in ast.walk(ast.parse(file.read_bytes()))
-                         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-                articles[str(file.relative_to(root))] = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
-    path.write_text("\n".join(json.dumps({"title": k, "text": v}) for k, v in articles.items() if v.strip()))
+    def yardstick(self, vocab_size):
+        """The losses of a model that knows nothing, and of one that knows word frequencies only."""
+        levels = unigram_levels(self.examples(self.order(0)[:2048]), vocab_size)
+        return "ln V {:.3f} knows nothing; unigram level AR {:.3f} EBAE {:.3f} EBAR {:.3f}".format(
+            math.log(vocab_size), *levels)
+
+class Groups(Steps):
+    """The same for fine-tuning: a query, one of its positives and --group-size - 1 of its negatives, drawn again each
+    epoch. Queries and passages alike are cut into micro-batches, for the gradient does not depend on the cut."""
+    def count(self):
+        return len(self.lines.full)
+
+    def prepare(self, places):
+        args, queries, passages, known, positive, names = self.args, [], [], [], [], []
+        for epoch, i in places:
+            line = self.lines.full[i]
+            query, positives, negatives = self.lines[line]
+            draw = np.random.default_rng([args.seed, epoch, line])
+            positive.append(len(passages))
+            passages.append(positives[draw.integers(len(positives))])
+            chosen = np.resize(draw.permutation(len(negatives)), (args.group_size - 1) * (len(negatives) > 0))
+            passages += [negatives[j] for j in chosen]
+            queries.append(query), known.append(set(positives)), names.append(self.lines.place(line)[1])
+        excluded = torch.tensor([[p in own for p in passages] for own in known])     # (Q, P) true, so no negative
+        excluded[range(len(queries)), positive] = False
+        ids = (sequences(self.tokenizer, queries, self.prompts, "NEXT", args.query_length)
+               + sequences(self.tokenizer, passages, self.prompts, "SELF", args.passage_length))
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        count = self.world * math.ceil(len(ids) / (args.micro_batch_size * self.world))  # the same for each rank
+        micros = []
+        for rows in np.array_split(order, count):
+            part = [ids[i] for i in rows] or [[0] * 8]  # no row left for it: all ranks must call the model equally often
+            micros.append((torch.tensor(rows, dtype=torch.long), pad(part), torch.tensor([*map(len, part)])))
+        return {"micros": micros[self.rank::self.world], "excluded": excluded, "positive": torch.tensor(positive),
+                "lengths": torch.tensor([*map(len, ids)]), "lines": names,
+                "padding": 1 - sum(map(len, ids)) / sum(m[1].numel() for m in micros)}
+
+    def yardstick(self, vocab_size):
+        passages = self.args.batch_size * self.args.group_size
+        return f"ln {passages} = {math.log(passages):.3f} knows nothing: all passages of a batch are equally likely"
 
 # ---- the joint sequence and its mask ---------------------------------------------------------------------------------
 def joint_mask(start, n_self, length):
@@ -267,6 +330,13 @@ def total_loss(losses, counts, ar_weight=1.0, bow_weight=0.1):
     """L = L_AR + 0.1 mean(L_EBAE, L_EBAR), of these two only those with any target. losses, counts (3,) -> scalar."""
     ar, ebae, ebar = losses
     return ar_weight * ar + bow_weight * (ebae + ebar) / (counts[1:] > 0).sum().clamp(min=1)
+
+def contrastive_loss(queries, passages, positive, excluded, temperature=0.01):
+    """InfoNCE: the mean over queries of -log(exp(q.p+ / T) / sum_p exp(q.p / T)), p over all passages but the excluded.
+    queries (Q, d), passages (P, d): unit rows; positive (Q,): the column of each query's own passage; excluded (Q, P)
+    bool: no negative of this query. -> the loss; the share of queries with their own passage on top. Both ()."""
+    scores = (queries @ passages.T / temperature).masked_fill(excluded, -torch.inf)  # (Q, P)
+    return F.cross_entropy(scores, positive), (scores.argmax(1) == positive).float().mean()
 
 # ---- model -----------------------------------------------------------------------------------------------------------
 class Llara(nn.Module):
@@ -328,24 +398,41 @@ def load(name):
 def small_model(texts, folder, vocab_size=2048):
     """Writes a Llama of 2 layers with random weights and a byte-level BPE tokenizer trained on `texts` to a folder.
     Embeddings are tied and of length ~1: a state near a word's embedding then predicts that word, which helps EBAE."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<s>", "</s>", *SPECIAL], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size, special_tokens=["</s>", *SPECIAL], show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>").save_pretrained(folder)
     LlamaForCausalLM(LlamaConfig(
         vocab_size=bpe.get_vocab_size(), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=2048, initializer_range=128 ** -0.5, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
+        bos_token_id=None, eos_token_id=0)).save_pretrained(folder)
+
+def docstrings():
+    """The prose that every Python installation carries, in order: (module, object, docstring)."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(root.rglob("*.py")):
+        if not {"site-packages", "test", "tests"} & set(file.relative_to(root).parts):
+            try:
+                nodes = [*ast.walk(ast.parse(file.read_bytes()))]
+            except (SyntaxError, ValueError):
+                continue
+            for node in nodes:
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+                    yield str(file.relative_to(root)), getattr(node, "name", ""), ast.get_docstring(node)
+
+def python_docs(path):
+    """Writes articles, for want of better text: the language reference, and the docstrings of each module."""
+    from pydoc_data.topics import topics
+    articles = dict(topics)
+    for module, _, text in docstrings():
+        articles[module] = articles.get(module, "") + text + "\n\n"
+    path.write_text("\n".join(json.dumps({"title": title, "text": text}) for title, text in articles.items()))
 
 MODEL_CARD = """---
 library_name: transformers
 tags: [llara, dense-retrieval]
 ---
-A text encoder made with LLaRA ([arXiv 2312.15503](https://arxiv.org/abs/2312.15503)) from {base}; {steps} steps of
-{batch_size} examples of at most {max_length} tokens, lr {lr}, on {data}. Embed, and search by dot product:
+A text encoder made with LLaRA ([arXiv 2312.15503](https://arxiv.org/abs/2312.15503)) from {base}: --stage {stage},
+{steps} steps of {batch_size} examples, lr {lr}, on {data}. Embed, and search by dot product:
 ```python
 import torch
 from transformers import AutoModel, AutoTokenizer
@@ -372,10 +459,7 @@ def encode(model, tokenizer, texts, prompt="self", max_length=512, batch_size=32
     model: of AutoModel or AutoModelForCausalLM, any dtype, any device. max_length, in tokens, includes the prompt.
     The result does not depend on the batch: padding is on the right, where causal attention never looks."""
     llara = Llara(model, make_prompts(tokenizer))
-    prefix, prompt = llara.prompts.prefix, {"self": llara.prompts.SELF, "next": llara.prompts.NEXT}[prompt]
-    plain = dict(add_special_tokens=False, split_special_tokens=True)
-    window = dict(truncation=True, max_length=max_length - len(prefix) - len(prompt))
-    ids = [[*prefix, *tokenizer(text, **plain, **window).input_ids, *prompt] for text in texts]
+    ids = sequences(tokenizer, texts, llara.prompts, prompt.upper(), max_length)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # like lengths together: little padding
     out = np.empty((len(ids), model.config.hidden_size), np.float32)
     for rows in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
@@ -403,183 +487,239 @@ def shard(model, device):
     mixed = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if device.type == "cuda" else {}
     for module in [m for m in model.modules() if type(m).__name__ in (model.lm._no_split_modules or ())]:
         fully_shard(module, mesh=mesh, **mixed)
-    return fully_shard(model, mesh=mesh, **mixed)
+    register_fsdp_forward_method(fully_shard(model, mesh=mesh, **mixed), "embed")
+
+def checkpoints(args):
+    return sorted(Path(args.output).glob("checkpoint-*"))
 
 def save_checkpoint(model, optimizer, args, step):
     """What --resume needs, as output/checkpoint-STEP: written aside, renamed when whole; then the older one goes."""
-    out, state = Path(args.output), dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
-    dcp.save(state, checkpoint_id=out / "checkpoint.tmp")  # each rank its shards
-    if dist.get_rank() == 0:
-        old = list(out.glob("checkpoint-*"))
-        (out / "checkpoint.tmp" / "run.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=1))
-        os.rename(out / "checkpoint.tmp", out / f"checkpoint-{step:08d}")
-        for folder in old:
-            shutil.rmtree(folder)
+    old, aside, final = checkpoints(args), Path(args.output, "checkpoint.tmp"), f"checkpoint-{step:08d}"
+    if final not in [folder.name for folder in old]:
+        dcp.save(dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer))), checkpoint_id=aside)
+        if dist.get_rank() == 0:
+            (aside / "run.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=1))
+            aside.rename(aside.with_name(final))
+            for folder in old:
+                shutil.rmtree(folder)
     dist.barrier()
 
 def load_checkpoint(model, optimizer, args):
     """Restores the newest checkpoint, written on any number of ranks; -> the step to go on with."""
-    newest = max(Path(args.output).glob("checkpoint-*"))
-    run = json.loads((newest / "run.json").read_text())
-    for key in vars(args).keys() - {"output", "resume", "overwrite", "save_every", "micro_batch_size", "workers"}:
-        if key == "examples" and args.examples != run["args"][key]:
-            print(f"note: this run began with {run['args'][key]:,} examples; what follows comes in another order")
-        elif vars(args)[key] != run["args"][key]:
-            raise BadInput(f"--resume continues a run as it began: with --{key.replace('_', '-')} {run['args'][key]}")
     state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
-    dcp.load(state, checkpoint_id=newest)
+    dcp.load(state, checkpoint_id=checkpoints(args)[-1])
     dcp_state.set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return run["step"]
+    return json.loads((checkpoints(args)[-1] / "run.json").read_text())["step"]
 
 def adapt(model, item, args):
-    """Forward and backward over this rank's micro-batches of one step; returns their losses (micro-batches, 3)."""
-    losses, counts = [], item["counts"].to(model.lm.device)
-    for micro in item["micros"]:
-        losses.append(model({**{k: v.to(model.lm.device) for k, v in micro.items()}, "counts": counts}))
-        loss = total_loss(losses[-1], counts, args.ar_weight, args.bow_weight)
-        (loss * dist.get_world_size()).backward()  # FSDP will take the mean over the ranks where the sum is due
-    return torch.stack(losses).detach()
+    """Leaves the gradient of one step of adaptation in the model. -> terms to log; suspects, should one not be finite."""
+    rank, world, device = dist.get_rank(), dist.get_world_size(), model.lm.device
+    losses = torch.zeros(len(item["lines"]), 3, device=device)                       # (micro-batches of all ranks, 3)
+    counts = item["counts"].to(device)
+    for i, micro in enumerate(item["micros"]):
+        terms = model({**{k: v.to(device) for k, v in micro.items()}, "counts": counts})
+        loss = total_loss(terms, counts, args.ar_weight, args.bow_weight)
+        (loss * world).backward()  # FSDP will take the mean over the ranks where the sum is due
+        losses[rank + i * world] = terms.detach()
+    dist.all_reduce(losses)
+    suspects = [line for lines, terms in zip(item["lines"], losses) if not terms.isfinite().all() for line in lines]
+    terms = losses.sum(0).cpu()
+    loss = total_loss(terms, item["counts"], args.ar_weight, args.bow_weight)
+    return {"loss": loss.item(), **dict(zip(("AR", "EBAE", "EBAR"), terms.tolist()))}, suspects or sum(item["lines"], [])
 
-def prepare(args, rank, world, out):
-    """Checks the arguments, makes the default data and model, opens all: -> lines, language model, tokenizer."""
-    if args.resume and not list(out.glob("checkpoint-*")):
-        raise BadInput(f"--resume: no checkpoint in {out}")
+def finetune(model, item, args):
+    """The same for a step of contrastive learning. Gradient caching (arXiv 2101.06983): embed all without a graph; the
+    loss gives a gradient for each embedding; embed again, chunk by chunk, and go back from there. So memory is that of
+    a micro-batch, and as every rank has all embeddings, the gradient is the true one of all negatives of all ranks."""
+    device, seed = model.lm.device, torch.initial_seed()
+    def embed(i):
+        torch.manual_seed(seed + i)  # dropout, if any, must be the same both times
+        rows, ids, lengths = item["micros"][i]
+        return model.embed(ids.to(device), lengths.to(device))[:len(rows)]           # (b, d)
+    vectors = torch.zeros(len(item["lengths"]), model.lm.config.hidden_size, device=device)  # (Q + P, d)
+    with torch.no_grad():
+        for i, (rows, *_) in enumerate(item["micros"]):
+            vectors[rows] = embed(i)
+    dist.all_reduce(vectors)  # others' rows are 0 here
+    positive, excluded = item["positive"].to(device), item["excluded"].to(device)
+    queries, passages = vectors.requires_grad_().split(excluded.shape)
+    loss, accuracy = contrastive_loss(queries, passages, positive, excluded, args.temperature)
+    loss.backward()
+    for i, (rows, *_) in enumerate(item["micros"]):
+        (embed(i) * vectors.grad[rows]).sum().mul(dist.get_world_size()).backward()  # FSDP will take the mean
+    return {"loss": loss.item(), "accuracy": accuracy.item()}, item["lines"]
+
+STAGES = {"adapt": (Articles, Steps, adapt), "finetune": (Pairs, Groups, finetune)}
+
+def prepare(args, out):
+    """Claims the output folder, makes the default data and model, opens all: -> log file of rank 0, lines, language
+    model, tokenizer."""
+    rank, busy, log = dist.get_rank(), torch.zeros(1), None
     if not (args.resume or args.overwrite) and out.exists() and any(out.iterdir()):
         raise BadInput(f"--output {out} is in use: --resume continues, --overwrite starts anew, or name another folder")
-    if args.batch_size % (args.micro_batch_size * world):
-        raise BadInput(f"--batch-size {args.batch_size} is no multiple of {args.micro_batch_size} x {world} ranks")
     dist.barrier()  # all have looked
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.jsonl", "a+", buffering=1)
+        try:
+            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
+        except BlockingIOError:
+            busy += 1
+    dist.all_reduce(busy)
+    if busy:
+        raise BadInput(f"--output {out}: another run is writing there")
     if rank == 0:
         for old in [out / "checkpoint.tmp"] if args.resume else out.glob("checkpoint*"):
             shutil.rmtree(old, ignore_errors=True)
-        out.mkdir(parents=True, exist_ok=True)
         if not (args.data or args.resume):
             python_docs(out / "python-docs.jsonl")
     dist.barrier()
-    lines = Lines(args.data or [out / "python-docs.jsonl"], out)
-    if not (args.model or args.resume):
-        some = range(0, len(lines.lengths), len(lines.lengths) // 2000 + 1)
-        texts = [article(lines[i][1])[:5000] for i in some if lines.lengths[i] > 2]
+    lines = STAGES[args.stage][0](args.data or [out / "python-docs.jsonl"], out)
+    if rank == 0 and not (args.model or args.resume):
         torch.manual_seed(args.seed)
-        if rank == 0:
-            small_model(texts, out / "base")
+        small_model((lines[i][0][:5000] for i in lines.full[::len(lines.full) // 2000 + 1]), out / "base")
     dist.barrier()
-    return lines, *load(args.model or out / "base")
+    return log, lines, *load(args.model or out / "base")
 
 def train(args):
     rank, world, out = dist.get_rank(), dist.get_world_size(), Path(args.output)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    lines, lm, tokenizer = prepare(args, rank, world, out)
-    model, config, n_all = Llara(lm, make_prompts(tokenizer)), lm.config, lm.num_parameters()
-    steps = Steps(lines, tokenizer, model.prompts, args, rank, world)
-    if steps.size == 0:
+    log, lines, lm, tokenizer = prepare(args, out)
+    model, config, adapting = Llara(lm, make_prompts(tokenizer)), lm.config, args.stage == "adapt"
+    _, dataset, stage = STAGES[args.stage]
+    steps = dataset(lines, tokenizer, model.prompts, args, rank, world)
+    if not steps.size:
         raise BadInput(f"--data: no text is longer than a passage, at this --max-length of {steps.room} tokens")
+    args.steps = args.steps or math.ceil(steps.size / args.batch_size)
     if args.gradient_checkpointing:  # renamed in transformers 5.23
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    shard(model, device).train()
+    if not adapting and not config.tie_word_embeddings:
+        lm.get_output_embeddings().requires_grad_(False)  # it takes no part
+    # FLOPs: 6 a weight and token, 6 d L^2 a layer for causal attention; recomputing is not counted. A head is as large
+    # as the input embeddings, which do none.
+    weights = lm.base_model.num_parameters() - lm.get_input_embeddings().weight.numel() * (not adapting)
+    peak = next((v for k, v in PEAK.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
+    n_all = lm.num_parameters()
+    shard(model.train(), device)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=True)
-    args.examples = steps.size
     start = load_checkpoint(model, optimizer, args) if args.resume else 0
-    loader = torch.utils.data.DataLoader(steps, None, sampler=range(start, args.steps), num_workers=args.workers)
-    sample = steps.examples(steps.order(0)[:2048])
+    if isinstance(first := steps[start], BadInput):
+        raise first
     if rank == 0:
-        levels = "AR {:.3f} EBAE {:.3f} EBAR {:.3f}".format(*unigram_levels(sample, config.vocab_size))
-        tokens = args.batch_size * np.mean([len(passage) for _, passage, *_ in sample])
         print(f"model      {args.model or 'a small Llama from scratch (--model for another)'}: {n_all:,} parameters\n"
               f"data       {len(lines.lengths):,} lines in {len(lines.paths)} files, {steps.size:,} examples\n"
-              f"step       {args.batch_size} examples, ~{tokens:,.0f} passage tokens, in micro-batches of "
+              f"step       {args.batch_size} examples, the first {first['lengths'].sum():,} tokens, in micro-batches of "
               f"{args.micro_batch_size} on {world} x {device.type}; {args.steps} steps, "
               f"{args.steps * args.batch_size / steps.size:.2f} epochs\n"
-              f"yardstick  ln V {math.log(config.vocab_size):.3f} knows nothing; unigram level {levels}", flush=True)
-        before = (out / "log.jsonl").read_text().splitlines(True)[:start] if start else []  # a line a step
-        (out / "log.jsonl").write_text("".join(before))
-        log, bar = open(out / "log.jsonl", "a", buffering=1), tqdm(initial=start, total=args.steps, unit="step")
-    peak = next((v for k, v in PEAK.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
-    then = time.perf_counter()
-    for step, item in enumerate(loader, start):
-        if isinstance(item, BadInput):
-            save_checkpoint(model, optimizer, args, step)
-            raise BadInput(f"{item}; saved at step {step}, go on with --resume")
-        torch.manual_seed(args.seed + step * world + rank)  # for models with dropout: the same again after --resume
-        done, warmup = step / args.steps, max(args.warmup, 1 / args.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((step + 1) / args.steps / warmup, (1 - done) / (1 - warmup + 1e-9))
-        losses = torch.zeros(len(item["lines"]), 3, device=device)                   # (micro-batches of all ranks, 3)
-        losses[rank::world] = adapt(model, item, args)
-        dist.all_reduce(losses)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()
-        if not (losses.isfinite().all() and norm.isfinite()):
-            bad = (~losses.isfinite().all(1)).tolist()
-            rows = [line for part, b in zip(item["lines"], bad) if b or not any(bad) for line in part]
-            save_checkpoint(model, optimizer, args, step)
-            raise BadInput(f"step {step}: loss or gradient is not finite, nothing was updated, all is saved. Look at "
-                           f"{', '.join(rows)}; mend them and --resume, or start anew with a lower --lr")
-        optimizer.step()
-        optimizer.zero_grad()
-        terms, lengths, now = losses.sum(0).cpu(), item["lengths"].numpy(), time.perf_counter()
-        row = {"step": step, "loss": total_loss(terms, item["counts"], args.ar_weight, args.bow_weight).item(),
-               **dict(zip(("AR", "EBAE", "EBAR"), terms.tolist())), "lr": group["lr"], "grad_norm": norm.item(),
-               "tokens/s": lengths.sum() / (now - then), "padding": item["padding"],
-               "GB": (torch.cuda.max_memory_allocated() / 2**30  # on CPU, of the process, in KB:
-                      or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)}
-        if peak:  # FLOPs: 6 a weight and token, 6 d L^2 a layer for causal attention; recomputing is not counted
-            unused = 0 if config.tie_word_embeddings else lm.get_input_embeddings().weight.numel()
-            attention = config.num_hidden_layers * config.hidden_size * (lengths ** 2).sum()
-            row["MFU"] = 6 * ((n_all - unused) * lengths.sum() + attention) / (now - then) / peak / world
-        then = now
-        if rank == 0:
-            log.write(json.dumps(row) + "\n")
+              f"yardstick  {steps.yardstick(config.vocab_size)}", flush=True)
+        log.seek(0)
+        log.truncate(sum(map(len, log.readlines()[:start])))  # a line a step
+    signals, stop = (signal.SIGTERM, signal.SIGINT), []
+    loader = torch.utils.data.DataLoader(steps, None, sampler=range(start, args.steps), num_workers=args.workers,
+                                         worker_init_fn=lambda _: [signal.signal(s, signal.SIG_IGN) for s in signals])
+    for number in signals:
+        signal.signal(number, lambda *_: stop.append(1))
+    bar, then = tqdm(initial=start, total=args.steps, unit="step", disable=rank > 0), time.perf_counter()
+    try:
+        for step, item in enumerate(loader, start):
+            if isinstance(item, BadInput):
+                raise item
+            halt = torch.tensor(len(stop))
+            dist.all_reduce(halt)  # one rank may have been told to stop, and another not
+            if halt:
+                raise BadInput("stopped by a signal")
+            torch.manual_seed(args.seed + step * world + rank)  # for models with dropout: the same after --resume
+            done, warmup = step / args.steps, max(args.warmup, 1 / args.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min((step + 1) / args.steps / warmup, (1 - done) / (1 - warmup + 1e-9))
+            terms, suspects = stage(model, item, args)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
+            if not math.isfinite(sum(terms.values()) + norm):
+                raise BadInput(f"step {step}: loss or gradient is not finite, nothing was updated. Look at {', '.join(suspects)}; "
+                               "mend them, or start anew with a lower --lr")
+            optimizer.step()
+            optimizer.zero_grad()
+            lengths, seconds = item["lengths"].numpy(), time.perf_counter() - then
+            row = {"step": step, **terms, "lr": group["lr"], "grad_norm": norm, "tokens/s": lengths.sum() / seconds,
+                   "padding": item["padding"], "GB": (torch.cuda.max_memory_allocated() / 2**30  # on CPU in KB:
+                                                      or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)}
+            if peak:
+                attention = config.num_hidden_layers * config.hidden_size * (lengths ** 2).sum()
+                row["MFU"] = 6 * (weights * lengths.sum() + attention) / seconds / peak / world
+            then += seconds
+            if rank == 0:
+                log.write(json.dumps(row) + "\n")
             bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "padding")), False)
             bar.update()
-        if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            save_checkpoint(model, optimizer, args, step + 1)
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                save_checkpoint(model, optimizer, args, step + 1)
+    except BadInput as e:
+        save_checkpoint(model, optimizer, args, step)
+        raise BadInput(f"{e}; all before step {step} is saved, --resume continues") from None
+    bar.close()
     whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = dcp_state.get_model_state_dict(model.lm, options=whole)
+    state = dcp_state.get_model_state_dict(model.lm, options=whole)
     if rank == 0:
-        bar.close()
         for name in (lm._tied_weights_keys or ()) if config.tie_word_embeddings else ():
-            weights.pop(name, None)  # or the embedding is written twice
+            state.pop(name, None)  # or the embedding is written twice
         names = {"SELF": SELF, "NEXT": NEXT, "base": args.model or "random weights",
                  "data": ", ".join(path.name for path in lines.paths)}
-        save(lm, tokenizer, out, MODEL_CARD.format(**{**vars(args), **names}), weights)
-        for folder in out.glob("checkpoint*"):
+        save(lm, tokenizer, out, MODEL_CARD.format(**{**vars(args), **names}), state)
+        for folder in checkpoints(args):
             shutil.rmtree(folder)
         print(f"saved to {out}; {out}/README.md says how to embed with it")
 
-OPTIONS = {  # flag: its default for the small model from scratch, its default with --model (the paper's), its help
-    "how much": {"steps": (600, 10000, "updates"), "batch-size": (32, 256, "examples a step, over all ranks"),
-                 "micro-batch-size": (8, 8, "examples in a forward: changes memory, not results"),
-                 "max-length": (96, 1024, "tokens of the joint sequence, prompts included"),
-                 "save-every": (500, 500, "steps between checkpoints"),
-                 "workers": (1, 1, "tokenising processes a rank")},
-    "optimisation": {"lr": (5e-3, 1e-5, "peak of the learning rate"),
-                     "warmup": (0.1, 0.1, "share of the steps; from there the rate falls linearly to 0"),
-                     "ar-weight": (1.0, 1.0, "weight of the language-model loss"),
-                     "bow-weight": (1.0, 0.1, "weight of the mean of EBAE and EBAR"),
-                     "seed": (0, 0, "of the order of the data, and of a model from scratch")}}
+# ---- arguments -------------------------------------------------------------------------------------------------------
+OPTIONS = {  # flag: its defaults for a small model from scratch, with --model (the paper's), to fine-tune; its help
+    "steps": (600, 10000, 0, "updates (0: one epoch)"),
+    "batch-size": (32, 256, 128, "examples, or queries, a step over all ranks"),
+    "micro-batch-size": (8, 8, 32, "sequences in a forward: changes memory, not results"),
+    "max-length": (96, 1024, None, "tokens of the joint sequence, prompts included"),
+    "query-length": (None, None, 64, "tokens of a query, prompt included"),
+    "passage-length": (None, None, 160, "tokens of a passage, prompt included"),
+    "group-size": (None, None, 16, "passages a query: one positive, the others negatives"),
+    "temperature": (None, None, 0.01, "of the softmax over the passages"),
+    "lr": (5e-3, 1e-5, 1e-5, "peak of the learning rate"),
+    "warmup": (0.1, 0.1, 0.1, "share of the steps; from there the rate falls linearly to 0"),
+    "ar-weight": (1.0, 1.0, None, "weight of the language-model loss"),
+    "bow-weight": (1.0, 0.1, None, "weight of the mean of EBAE and EBAR"),
+    "save-every": (500, 500, 500, "steps between checkpoints"),
+    "workers": (1, 1, 1, "tokenising processes a rank"),
+    "seed": (0, 0, 0, "of the order of the data, and of a model from scratch")}
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description="Adapt a causal language model to dense retrieval with EBAE and EBAR.")
-    add = parser.add_argument_group("what").add_argument
-    add("--data", nargs="+", help='.jsonl[.gz] files or folders: rows {"text"[, "title"]} or {"input", '
-        '"output_summarize", "output_predict"} (default: the documentation of Python itself)')
-    add("--model", help="hub name or folder of a causal language model (default: a small Llama from scratch)")
-    add("--output", default="out", help="folder for log.jsonl, checkpoints and at last the model (default: out)")
-    add("--resume", action="store_true", help="continue from the last checkpoint in --output")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--stage", choices=STAGES, default="adapt", help="adapt: EBAE and EBAR; finetune: contrastive learning")
+    add("--data", nargs="+", help='.jsonl[.gz] files or folders. Rows: {"text"[, "title"]} or {"input", '
+        '"output_summarize", "output_predict"}; finetune: {"query", "pos": [..], "neg": [..]} (None: Python\'s own docs)')
+    add("--model", help="hub name or folder of a causal language model (None: a small Llama from scratch)")
+    add("--output", default="out", help="folder for log.jsonl, checkpoints and at last the model")
+    add("--resume", action="store_true", help="continue from the last checkpoint in --output; flags are as they were")
     add("--overwrite", action="store_true", help="start anew though --output is in use")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
-    for title, options in OPTIONS.items():
-        add = parser.add_argument_group(title).add_argument
-        for name, (small, paper, text) in options.items():
-            both = f"{small}" + f", with --model {paper}" * (small != paper)
-            add(f"--{name}", type=type(paper), help=f"{text} (default: {both})")
+    args, _ = parser.parse_known_args(argv)
+    saved, restarted = checkpoints(args), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if args.resume and not saved:
+        parser.error(f"--resume: no checkpoint in {args.output}")
+    if restarted:  # by torchrun --max-restarts
+        parser.set_defaults(resume=bool(saved), overwrite=True)
+    before = json.loads((saved[-1] / "run.json").read_text())["args"] if saved and (args.resume or restarted) else {}
+    parser.set_defaults(**{k: before[k] for k in before.keys() - {"resume", "overwrite"}})
+    args, _ = parser.parse_known_args(argv)
+    for name, (*defaults, text) in OPTIONS.items():
+        default = defaults[2 if args.stage == "finetune" else args.model is not None]
+        if default is not None:
+            add(f"--{name}", type=type(default), default=before.get(name.replace("-", "_"), default), help=text)
+    add("-h", "--help", action="help", help="show this, with the defaults of the --stage and the --model given")
     args = parser.parse_args(argv)
-    for name, (small, paper, _) in {**OPTIONS["how much"], **OPTIONS["optimisation"]}.items():
-        key = name.replace("-", "_")
-        setattr(args, key, (paper if args.model else small) if getattr(args, key) is None else getattr(args, key))
-        if name in OPTIONS["how much"] and getattr(args, key) < (name != "workers"):
-            parser.error(f"--{name} {getattr(args, key)} is too small")
+    for name in ("batch_size", "micro_batch_size", "group_size", "save_every"):
+        if getattr(args, name, 1) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is too small")
+    if args.stage == "finetune" and not (args.model and args.data):
+        parser.error("--stage finetune needs --model, what adaptation has saved, and --data")
     return args
 
 def main():
