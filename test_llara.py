@@ -20,8 +20,12 @@ ROWS = [{"input": "§" * (i == 9) + " ".join(SENTENCES[i:i + 1 + i % 5]), "outpu
          "it is", "output_predict": "and the" if i % 3 else SENTENCES[i + 5]} for i in range(40)]
 TEXTS = "无" * 300 + "。" + "句" * 500, "x" * 2000, "word " * 400, "Too short."
 ARTICLES = [*({"title": t, "text": topics[t][:1500]} for t in sorted(topics)[:9]), *({"text": t} for t in TEXTS)]
+PAIRS = [{"query": SENTENCES[i], "pos": SENTENCES[i + 1:i + 2 + i % 2], "neg": SENTENCES[i + 3:i + 3 + i % 4],
+          "answers": 3} for i in range(12)]  # 0 to 3 negatives; many are another query's positive
 RUN = ("--data rows.jsonl --model model --steps 8 --batch-size 8 --micro-batch-size 8 --max-length 140 --lr 1e-3 "
        "--save-every 3 --workers 0 --output ")  # the 40 rows are 5 steps
+TUNE = ("--stage finetune --data pairs.jsonl --model model --steps 4 --batch-size 6 --group-size 3 --lr 1e-3 --workers 0 "
+        "--query-length 50 --passage-length 80 --temperature 0.1 ")
 KILL = ("import os, llara; save, n = llara.dcp.save, []; llara.dcp.save = lambda *a, **k: "
         "[n.append(save(*a, **k)), n[1:] and os.kill(os.getpid(), 9)]; llara.main()")  # before the second has its name
 launch = lambda flags: subprocess.run([sys.executable, *flags], capture_output=True, text=True)
@@ -43,7 +47,7 @@ def write(file, rows):
 def home(tmp_path_factory):  # every test runs in one folder, with a tiny model and with data
     os.chdir(tmp_path_factory.mktemp("home")), torch.manual_seed(0)
     llara.small_model((row["input"] for row in ROWS), "model", 400)
-    write("rows.jsonl", ROWS), write("articles.jsonl", ARTICLES)
+    write("rows.jsonl", ROWS), write("articles.jsonl", ARTICLES), write("pairs.jsonl", PAIRS)
 
 def main(flags):  # in this process: a launch costs seconds
     with mock.patch.object(sys, "argv", ["llara.py", *flags.split()]):
@@ -55,14 +59,15 @@ def refused(flags):  # -> what main() says. For a str in SystemExit, Python prin
     return exit.value.code
 
 def same_run(a, b, tolerance):  # step for step, and at the end; 0: bit for bit
-    for key in ("step", "loss", "AR", "EBAE", "EBAR", "lr", "grad_norm"):
+    for key in log(b)[0].keys() - {"tokens/s", "padding", "GB"}:
         np.testing.assert_allclose([row[key] for row in log(a)], [row[key] for row in log(b)], rtol=tolerance)
     same(load_file(f"{a}/model.safetensors"), load_file(f"{b}/model.safetensors"), atol=tolerance)
 
 def steps(data="rows.jsonl", flags="", **ranks):
-    args = llara.arguments(("--max-length 140 --batch-size 8 --micro-batch-size 2 " + flags).split())
-    tokenizer = AutoTokenizer.from_pretrained("model")
-    return llara.Steps(llara.Articles([data]), tokenizer, llara.make_prompts(tokenizer), args, **ranks)
+    adapt = "--max-length 140 --batch-size 8 " if "--stage" not in flags else ""
+    args, tokenizer = llara.arguments(f"{adapt}--micro-batch-size 2 {flags}".split()), llara.load("model")[1]
+    lines, dataset, _ = llara.STAGES[args.stage]
+    return dataset(lines([data]), tokenizer, llara.make_prompts(tokenizer), args, **ranks)
 
 def test_golden():
     """Losses, gradient norms, embeddings: those of the released code. More padding and another split change nothing."""
@@ -172,6 +177,65 @@ def test_order():
     assert sorted(sum(names[:5], [])) == sorted(sum(names[5:], [])) == sorted(f"rows.jsonl:{i + 1}" for i in range(40))
     assert names[:5] != names[5:]
     assert all(set(sum(wide[i]["lines"], [])) == {*names[2 * i], *names[2 * i + 1]} for i in range(5))
+
+def direct(item, lm, prompts, args):  # all embeddings in one graph
+    ids = {int(row): ids[:n].tolist() for micro in item["micros"] for row, ids, n in zip(*micro)}
+    vectors = torch.stack([F.normalize(lm.base_model(torch.tensor([ids[i]])).last_hidden_state[0, -8:].mean(0), dim=0)
+                           for i in range(len(ids))])
+    scores = (vectors[:args.batch_size] @ vectors[args.batch_size:].T / args.temperature)
+    return -scores.masked_fill(item["excluded"], -math.inf).log_softmax(1)[range(args.batch_size), item["positive"]].mean()
+
+def test_contrastive():
+    """The loss against the formula in plain Python; cached gradients against those of a single graph."""
+    draw = torch.Generator().manual_seed(0)
+    q, p = (F.normalize(torch.randn(n, 6, generator=draw), dim=1) for n in (3, 7))
+    positive, excluded = torch.tensor([0, 3, 5]), torch.zeros(3, 7, dtype=torch.bool)
+    excluded[1, 6] = excluded[0, 3] = True
+    expected, hits = 0, 0
+    for i, own in enumerate(positive.tolist()):
+        scores = {j: sum(a * b for a, b in zip(q[i].tolist(), p[j].tolist())) / 0.05 for j in range(7)
+                  if not excluded[i, j]}
+        expected += (math.log(sum(map(math.exp, scores.values()))) - scores[own]) / 3
+        hits += max(scores, key=scores.get) == own
+    loss, accuracy = llara.contrastive_loss(q, p, positive, excluded, 0.05)
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and accuracy.item() == pytest.approx(hits / 3)
+    groups, (lm, tokenizer) = steps("pairs.jsonl", TUNE), llara.load("model")
+    with mock.patch.object(llara, "dist", mock.Mock(**{"get_world_size.return_value": 1})):
+        terms, _ = llara.finetune(llara.Llara(lm, groups.prompts), groups[0], groups.args)
+    mine = [p.grad.clone() for p in lm.parameters()]
+    loss = direct(groups[0], lm, groups.prompts, groups.args)
+    lm.zero_grad(), loss.backward()
+    same(mine, [p.grad for p in lm.parameters()])
+    assert terms["loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+def test_groups():
+    """One positive a query, its negatives repeated if few; drawn again each epoch; no true passage is a negative."""
+    groups, tokenizer, drawn = steps("pairs.jsonl", TUNE), AutoTokenizer.from_pretrained("model"), []
+    for step in range(8):  # two steps are an epoch
+        item = groups[step]
+        assert str(item) == str(steps("pairs.jsonl", TUNE)[step])
+        ids = {int(row): ids[:n].tolist() for micro in item["micros"] for row, ids, n in zip(*micro)}
+        row = [PAIRS[int(name.split(":")[1]) - 1] for name in item["lines"]]
+        known = {str(llara.sequences(tokenizer, [text], groups.prompts, "SELF", 80)[0]): text for text in SENTENCES}
+        passages = [known[str(ids[i])] for i in range(6, len(ids))]
+        assert [ids[i] for i in range(6)] == llara.sequences(
+            tokenizer, [r["query"] for r in row], groups.prompts, "NEXT", 50)
+        ends = [*item["positive"].tolist()[1:], len(passages)]
+        for q, (r, a, b) in enumerate(zip(row, item["positive"].tolist(), ends)):
+            assert passages[a] in r["pos"] and b - a == (3 if r["neg"] else 1)
+            assert set(passages[a + 1:b]) <= set(r["neg"]) and len(set(passages[a + 1:b])) == min(2, len(r["neg"]))
+            assert item["excluded"][q].tolist() == [j != a and text in r["pos"] for j, text in enumerate(passages)]
+        drawn.append({r["query"]: passages[a:b] for r, a, b in zip(row, item["positive"].tolist(), ends)})
+    assert any(item["excluded"].any() for item in map(groups.__getitem__, range(4)))
+    assert {**drawn[0], **drawn[1]} != {**drawn[2], **drawn[3]}
+
+def test_finetune():
+    """Two ranks against one, other micro-batches too; a retriever that encode reads."""
+    main(TUNE + "--output tuned --micro-batch-size 50")
+    done = launch(["-m", "torch.distributed.run", "--nproc-per-node=2", llara.__file__,
+                   *(TUNE + "--output tuned2 --micro-batch-size 5").split()])
+    assert done.returncode == 0, done.stderr
+    same_run("tuned2", "tuned", 2e-5)
 
 def test_load():
     """bfloat16 without <s1>..<s16> becomes float32 with 16 mean rows; saved and loaded, it stays as it is."""
