@@ -73,7 +73,8 @@ def python_collection(folder):
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for side, file in enumerate(("queries.jsonl", "corpus.jsonl")):
         (folder / file).write_text("".join(json.dumps({"_id": i, "text": r[side]}) + "\n" for i, r in enumerate(rows)))
-    (folder / "qrels/test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *(f"{i}\t{i}\t1" for i in range(len(rows)))]))
+    judged = "".join(f"{i}\t{i}\t1\n" for i in range(len(rows)))
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
 
 # ---- encode --------------------------------------------------------------------------------------------------------
 def load(name, dtype, device):

@@ -19,7 +19,8 @@ mean of the last hidden states at its eight tokens, L2-normalised; passages use 
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 llara.py ...  # on both nodes
     torchrun llara.py --stage finetune --model out --data pairs.jsonl --output retriever  # then: contrastive learning
 """
-import argparse, ast, fcntl, functools, gzip, json, math, os, re, resource, shutil, signal, sys, sysconfig, tempfile, time
+import argparse, ast, contextlib, fcntl, functools, gzip, json, math, os, re, resource, shutil, signal, sys
+import sysconfig, tempfile, time
 from collections import namedtuple
 from pathlib import Path
 import numpy as np
@@ -28,6 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dcp_state
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -88,7 +90,7 @@ class Lines:
     it costs an unpacked copy, in an unnamed file in the folder `scratch`, for as long as the process lives."""
     def __init__(self, paths, scratch=None):
         self.paths = sum([sorted(p.glob("*.jsonl*")) if p.is_dir() else [p] for p in map(Path, paths)], [])
-        self.files, self.first, lengths, starts = [], [0], [], []
+        self.files, self.first, sizes = [], [0], [np.zeros(0, np.int64)]
         for path in self.paths:
             try:
                 self.files.append(open(path, "rb"))
@@ -96,14 +98,13 @@ class Lines:
                     packed, self.files[-1] = gzip.open(self.files[-1]), tempfile.TemporaryFile(dir=scratch)
                     shutil.copyfileobj(packed, self.files[-1])
                     self.files[-1].seek(0)
-                sizes = np.fromiter((-len(x) if x.isspace() else len(x) for x in self.files[-1]), np.int64)  # no parsing
+                # One scan for newlines, no parsing. Of an empty line: minus its length.
+                sizes.append(np.fromiter((-len(x) if x.isspace() else len(x) for x in self.files[-1]), np.int64))
             except (OSError, EOFError, gzip.zlib.error) as e:
                 raise BadInput(f"{path}: {e}") from None
-            lengths.append(sizes)
-            starts.append(abs(sizes).cumsum() - abs(sizes))
-            self.first.append(self.first[-1] + len(sizes))  # line of the next file
-        self.lengths, self.starts = (np.concatenate([*arrays, np.zeros(0, np.int64)]) for arrays in (lengths, starts))
-        self.full = np.flatnonzero(self.lengths > 0)  # the other lines are empty
+            self.first.append(self.first[-1] + len(sizes[-1]))  # line of the next file
+        self.lengths, self.starts = np.concatenate(sizes), np.concatenate([abs(s).cumsum() - abs(s) for s in sizes])
+        self.full = np.flatnonzero(self.lengths > 0)
         if not len(self.full):
             raise BadInput(f"{' '.join(map(str, paths))}: no rows in there")
 
@@ -265,7 +266,7 @@ class Groups(Steps):
         count = self.world * math.ceil(len(ids) / (args.micro_batch_size * self.world))  # the same for each rank
         micros = []
         for rows in np.array_split(order, count):
-            part = [ids[i] for i in rows] or [[0] * 8]  # no row left for it: all ranks must call the model equally often
+            part = [ids[i] for i in rows] or [[0] * 8]  # none left: but all ranks must call the model equally often
             micros.append((torch.tensor(rows, dtype=torch.long), pad(part), torch.tensor([*map(len, part)])))
         return {"micros": micros[self.rank::self.world], "excluded": excluded, "positive": torch.tensor(positive),
                 "lengths": torch.tensor([*map(len, ids)]), "lines": names,
@@ -411,13 +412,10 @@ def docstrings():
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
         if not {"site-packages", "test", "tests"} & set(file.relative_to(root).parts):
-            try:
-                nodes = [*ast.walk(ast.parse(file.read_bytes()))]
-            except (SyntaxError, ValueError):
-                continue
-            for node in nodes:
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-                    yield str(file.relative_to(root)), getattr(node, "name", ""), ast.get_docstring(node)
+            with contextlib.suppress(SyntaxError, ValueError):
+                for node in ast.walk(ast.parse(file.read_bytes())):
+                    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+                        yield str(file.relative_to(root)), getattr(node, "name", ""), ast.get_docstring(node)
 
 def python_docs(path):
     """Writes articles, for want of better text: the language reference, and the docstrings of each module."""
@@ -512,7 +510,7 @@ def load_checkpoint(model, optimizer, args):
     return json.loads((checkpoints(args)[-1] / "run.json").read_text())["step"]
 
 def adapt(model, item, args):
-    """Leaves the gradient of one step of adaptation in the model. -> terms to log; suspects, should one not be finite."""
+    """Leaves the gradient of a step of adaptation in the model. -> terms to log; lines to blame if not finite."""
     rank, world, device = dist.get_rank(), dist.get_world_size(), model.lm.device
     losses = torch.zeros(len(item["lines"]), 3, device=device)                       # (micro-batches of all ranks, 3)
     counts = item["counts"].to(device)
@@ -523,9 +521,10 @@ def adapt(model, item, args):
         losses[rank + i * world] = terms.detach()
     dist.all_reduce(losses)
     suspects = [line for lines, terms in zip(item["lines"], losses) if not terms.isfinite().all() for line in lines]
-    terms = losses.sum(0).cpu()
-    loss = total_loss(terms, item["counts"], args.ar_weight, args.bow_weight)
-    return {"loss": loss.item(), **dict(zip(("AR", "EBAE", "EBAR"), terms.tolist()))}, suspects or sum(item["lines"], [])
+    ar, ebae, ebar = terms = losses.sum(0)
+    loss = total_loss(terms, counts, args.ar_weight, args.bow_weight)
+    return {"loss": loss.item(), "AR": ar.item(), "EBAE": ebae.item(), "EBAR": ebar.item()}, suspects or sum(
+        item["lines"], [])
 
 def finetune(model, item, args):
     """The same for a step of contrastive learning. Gradient caching (arXiv 2101.06983): embed all without a graph; the
@@ -609,9 +608,9 @@ def train(args):
     if rank == 0:
         print(f"model      {args.model or 'a small Llama from scratch (--model for another)'}: {n_all:,} parameters\n"
               f"data       {len(lines.lengths):,} lines in {len(lines.paths)} files, {steps.size:,} examples\n"
-              f"step       {args.batch_size} examples, the first {first['lengths'].sum():,} tokens, in micro-batches of "
-              f"{args.micro_batch_size} on {world} x {device.type}; {args.steps} steps, "
-              f"{args.steps * args.batch_size / steps.size:.2f} epochs\n"
+              f"step       {args.batch_size} examples, ~{first['lengths'].sum():,} tokens, in micro-batches of "
+              f"{args.micro_batch_size} on {world} x {device.type}\n"
+              f"run        {args.steps} steps, {args.steps * args.batch_size / steps.size:.2f} epochs\n"
               f"yardstick  {steps.yardstick(config.vocab_size)}", flush=True)
         log.seek(0)
         log.truncate(sum(map(len, log.readlines()[:start])))  # a line a step
@@ -636,8 +635,8 @@ def train(args):
             terms, suspects = stage(model, item, args)
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
             if not math.isfinite(sum(terms.values()) + norm):
-                raise BadInput(f"step {step}: loss or gradient is not finite, nothing was updated. Look at {', '.join(suspects)}; "
-                               "mend them, or start anew with a lower --lr")
+                raise BadInput(f"step {step}: loss or gradient is not finite, nothing was updated. Look at "
+                               f"{', '.join(suspects)}; mend them, or start anew with a lower --lr")
             optimizer.step()
             optimizer.zero_grad()
             lengths, seconds = item["lengths"].numpy(), time.perf_counter() - then
@@ -693,8 +692,8 @@ def arguments(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--stage", choices=STAGES, default="adapt", help="adapt: EBAE and EBAR; finetune: contrastive learning")
-    add("--data", nargs="+", help='.jsonl[.gz] files or folders. Rows: {"text"[, "title"]} or {"input", '
-        '"output_summarize", "output_predict"}; finetune: {"query", "pos": [..], "neg": [..]} (None: Python\'s own docs)')
+    add("--data", nargs="+", help='.jsonl[.gz] files or folders; rows: {"text"[, "title"]} or {"input", '
+        '"output_summarize", "output_predict"}; to fine-tune {"query", "pos": [..], "neg": [..]} (None: Python\'s docs)')
     add("--model", help="hub name or folder of a causal language model (None: a small Llama from scratch)")
     add("--output", default="out", help="folder for log.jsonl, checkpoints and at last the model")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output; flags are as they were")
@@ -732,8 +731,10 @@ def main():
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     try:
         train(args)
-    except (BadInput, OSError) as e:  # OSError: a full disk, no permission
-        sys.exit(f"llara.py: {e}" if dist.get_rank() == 0 or isinstance(e, OSError) else 1)
+    except BadInput as e:
+        sys.exit(f"llara.py: {e}" if dist.get_rank() == 0 else 1)
+    except (OSError, SafetensorError, dcp.api.CheckpointException) as e:  # a full disk, no permission
+        sys.exit(f"llara.py: {str(e).strip().splitlines()[-1]}; no room or no right to write? What is saved is intact")
     finally:
         dist.destroy_process_group()
 
