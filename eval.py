@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
-from llara import BadInput, Lines, docstrings, make_prompts, pad, pool, sequences
+from llara import BadInput, Lines, docstrings, init_process_group, make_prompts, pad, pool, sequences
 
 # ---- read a collection ---------------------------------------------------------------------------------------------
 class Texts(Lines):
@@ -241,8 +241,7 @@ def main():
     add("--skip-identical-ids", action="store_true", help="no query finds the document of its own id (ArguAna, Quora)")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing forks here
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # no torchrun
-    dist.init_process_group("gloo", **alone)  # only queries and their results travel, from CPU to CPU
+    init_process_group("gloo")  # only queries and their results travel, from CPU to CPU
     try:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
         output = args.output or Path(args.model if os.path.isdir(args.model) else os.path.basename(args.model)) / "eval"

@@ -693,7 +693,7 @@ def arguments(argv=None):
     add = parser.add_argument
     add("--stage", choices=STAGES, default="adapt", help="adapt: EBAE and EBAR; finetune: contrastive learning")
     add("--data", nargs="+", help='.jsonl[.gz] files or folders; rows: {"text"[, "title"]} or {"input", '
-        '"output_summarize", "output_predict"}; to fine-tune {"query", "pos": [..], "neg": [..]} (None: Python\'s docs)')
+        '"output_summarize", "output_predict"}; to finetune {"query", "pos": [..], "neg": [..]} (None: Python\'s docs)')
     add("--model", help="hub name or folder of a causal language model (None: a small Llama from scratch)")
     add("--output", default="out", help="folder for log.jsonl, checkpoints and at last the model")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output; flags are as they were")
@@ -721,14 +721,20 @@ def arguments(argv=None):
         parser.error("--stage finetune needs --model, what adaptation has saved, and --data")
     return args
 
+def init_process_group(backend):
+    """With torchrun or without. torchrun keeps its store over --max-restarts: without a prefix of its own, an attempt
+    would take the addresses of the last one for its own."""
+    store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
 def main():
     args, cuda = arguments(), torch.cuda.is_available()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a tokenizer's threads would not survive the fork of the workers
     logging.disable_progress_bar()  # transformers' own
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # without torchrun
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         train(args)
     except BadInput as e:

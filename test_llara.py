@@ -24,8 +24,8 @@ PAIRS = [{"query": SENTENCES[i], "pos": SENTENCES[i + 1:i + 2 + i % 2], "neg": S
           "answers": 3} for i in range(12)]  # 0 to 3 negatives; many are another query's positive
 RUN = ("--data rows.jsonl --model model --steps 8 --batch-size 8 --micro-batch-size 8 --max-length 140 --lr 1e-3 "
        "--save-every 3 --workers 0 --output ")  # the 40 rows are 5 steps
-TUNE = ("--stage finetune --data pairs.jsonl --model model --steps 4 --batch-size 6 --group-size 3 --lr 1e-3 --workers 0 "
-        "--query-length 50 --passage-length 80 --temperature 0.1 ")
+TUNE = ("--stage finetune --data pairs.jsonl --model model --steps 4 --batch-size 6 --group-size 3 --lr 1e-3 "
+        "--workers 0 --query-length 50 --passage-length 80 --temperature 0.1 ")
 KILL = ("import os, llara; save, n = llara.dcp.save, []; llara.dcp.save = lambda *a, **k: "
         "[n.append(save(*a, **k)), n[1:] and os.kill(os.getpid(), 9)]; llara.main()")  # before the second has its name
 launch = lambda flags: subprocess.run([sys.executable, *flags], capture_output=True, text=True)
@@ -182,8 +182,9 @@ def direct(item, lm, prompts, args):  # all embeddings in one graph
     ids = {int(row): ids[:n].tolist() for micro in item["micros"] for row, ids, n in zip(*micro)}
     vectors = torch.stack([F.normalize(lm.base_model(torch.tensor([ids[i]])).last_hidden_state[0, -8:].mean(0), dim=0)
                            for i in range(len(ids))])
-    scores = (vectors[:args.batch_size] @ vectors[args.batch_size:].T / args.temperature)
-    return -scores.masked_fill(item["excluded"], -math.inf).log_softmax(1)[range(args.batch_size), item["positive"]].mean()
+    n = args.batch_size
+    scores = (vectors[:n] @ vectors[n:].T / args.temperature).masked_fill(item["excluded"], -math.inf)
+    return -scores.log_softmax(1)[range(n), item["positive"]].mean()
 
 def test_contrastive():
     """The loss against the formula in plain Python; cached gradients against those of a single graph."""
@@ -199,7 +200,7 @@ def test_contrastive():
         hits += max(scores, key=scores.get) == own
     loss, accuracy = llara.contrastive_loss(q, p, positive, excluded, 0.05)
     assert loss.item() == pytest.approx(expected, rel=1e-5) and accuracy.item() == pytest.approx(hits / 3)
-    groups, (lm, tokenizer) = steps("pairs.jsonl", TUNE), llara.load("model")
+    groups, lm = steps("pairs.jsonl", TUNE), llara.load("model")[0]
     with mock.patch.object(llara, "dist", mock.Mock(**{"get_world_size.return_value": 1})):
         terms, _ = llara.finetune(llara.Llara(lm, groups.prompts), groups[0], groups.args)
     mine = [p.grad.clone() for p in lm.parameters()]
