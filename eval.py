@@ -49,7 +49,7 @@ def read_qrels(path):
     except (OSError, ValueError) as e:
         raise BadInput(f"{path}: cannot be read ({e}); splits: {[p.stem for p in path.parent.glob('*.tsv')]}") from None
     for number, line in enumerate(lines, 1):
-        graded = re.fullmatch(r"(\S+)\t(\S+)\t(-?\d+)\s*", line)
+        graded = re.fullmatch(r"(\S+)\t(\S+)\t(-?\d{1,9})\s*", line)
         if line.count("\t") != 2 or bool(graded) == (number == 1):
             what = "a header: query-id, corpus-id, score" if number == 1 else "query id, document id, whole number"
             raise BadInput(f"{path}:{number}: {line[:60]!r} should be {what}, with tabs (not spaces) between")

@@ -86,11 +86,11 @@ def boundary(text, k, n):
     return min(ends, key=lambda end: abs(end - at)) if ends else text.find(" ", at, at + reach) + 1 or at
 
 class Lines:
-    """Random access to the rows of .jsonl files by byte offset: 16 bytes a line are held. A .gz has no random access:
+    """Random access to the rows of .jsonl files by byte offset: ~30 bytes a line are held. A .gz has no random access:
     it costs an unpacked copy, in an unnamed file in the folder `scratch`, for as long as the process lives."""
     def __init__(self, paths, scratch=None):
         self.paths = sum([sorted(p.glob("*.jsonl*")) if p.is_dir() else [p] for p in map(Path, paths)], [])
-        self.files, self.first, sizes = [], [0], [np.zeros(0, np.int64)]
+        self.files, self.first, sizes = [], [0], [np.zeros(0, np.int32)]
         for path in self.paths:
             try:
                 self.files.append(open(path, "rb"))
@@ -99,11 +99,12 @@ class Lines:
                     shutil.copyfileobj(packed, self.files[-1])
                     self.files[-1].seek(0)
                 # One scan for newlines, no parsing. Of an empty line: minus its length.
-                sizes.append(np.fromiter((-len(x) if x.isspace() else len(x) for x in self.files[-1]), np.int64))
+                sizes.append(np.fromiter((-len(x) if x.isspace() else len(x) for x in self.files[-1]), np.int32))
             except (OSError, EOFError, gzip.zlib.error) as e:
                 raise BadInput(f"{path}: {e}") from None
             self.first.append(self.first[-1] + len(sizes[-1]))  # line of the next file
-        self.lengths, self.starts = np.concatenate(sizes), np.concatenate([abs(s).cumsum() - abs(s) for s in sizes])
+        self.lengths = np.concatenate(sizes)
+        self.starts = np.concatenate([abs(s).cumsum(dtype=np.int64) - abs(s) for s in sizes])
         self.full = np.flatnonzero(self.lengths > 0)
         if not len(self.full):
             raise BadInput(f"{' '.join(map(str, paths))}: no rows in there")
@@ -137,14 +138,12 @@ class Articles(Lines):
         """-> the number of examples, from the bytes of each line alone, so that nothing is tokenised before step 0: an
         article of n windows of `room` tokens has n - 1 pairs of adjacent passages, a released row is one example. How
         many bytes a token takes, 64 lines tell."""
-        size = tokens = 1
-        for i in self.full[::len(self.full) // 64 + 1]:
-            text = self[i][0]
-            size += self.lengths[i] * len(text[:20000]) / len(text)
-            tokens += len(tokenizer(text[:20000], **PLAIN).input_ids)
-        windows = np.ceil(self.lengths / (0.9 * room * size / tokens))  # 0.9: so that few passages are cut
-        counts = self.lengths > 0 if self.released else np.maximum(windows - 1, 0)
-        self.ends = counts.astype(np.int64).cumsum()  # the examples up to and including each line
+        some = [(self.lengths[i], self[i][0]) for i in self.full[::len(self.full) // 64 + 1]]
+        size = sum(length * len(text[:20000]) / len(text) for length, text in some)
+        tokens = sum(map(len, tokenizer([text[:20000] for _, text in some], **PLAIN).input_ids))
+        window = 0.9 * room * size / max(1, tokens)  # in bytes; 0.9: so that few passages are cut
+        counts = self.lengths > 0 if self.released else np.maximum(np.ceil(self.lengths / window) - 1, 0)
+        self.ends = counts.cumsum(dtype=np.int64)  # the examples up to and including each line
         return int(self.ends[-1])
 
     def example(self, i):
