@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
-from llara import BadInput, Lines, docstrings, init_process_group, make_prompts, pad, pool, sequences
+from llara import BadInput, Lines, docstrings, make_prompts, pad, pool, process_group, sequences
 
 # ---- read a collection ---------------------------------------------------------------------------------------------
 class Texts(Lines):
@@ -241,8 +241,7 @@ def main():
     add("--skip-identical-ids", action="store_true", help="no query finds the document of its own id (ArguAna, Quora)")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing forks here
-    init_process_group("gloo")  # only queries and their results travel, from CPU to CPU
-    try:
+    with process_group("gloo"):  # only queries and their results travel, from CPU to CPU
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
         output = args.output or Path(args.model if os.path.isdir(args.model) else os.path.basename(args.model)) / "eval"
         loaded, folders = load(args.model, getattr(torch, args.dtype), device), args.data or [output / "python"]
@@ -262,10 +261,6 @@ def main():
             for name, r in (results | {"average": {"mean": average}} if len(names) > 1 else results).items():
                 print(f"{name:20}{r.get('documents', ''):>12}{r.get('queries', ''):>12}"
                       + "".join(f"{value:12.4f}" for value in r["mean"].values()))
-    except (BadInput, FloatingPointError, OSError, torch.OutOfMemoryError) as e:
-        sys.exit(f"eval.py: {e}" if dist.get_rank() == 0 or not isinstance(e, BadInput) else 1)
-    finally:
-        dist.destroy_process_group()
 
 if __name__ == "__main__":
     main()

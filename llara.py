@@ -720,12 +720,28 @@ def arguments(argv=None):
         parser.error("--stage finetune needs --model, what adaptation has saved, and --data")
     return args
 
-def init_process_group(backend):
-    """With torchrun or without. torchrun keeps its store over --max-restarts: without a prefix of its own, an attempt
-    would take the addresses of the last one for its own."""
+@contextlib.contextmanager
+def process_group(backend):
+    """With torchrun or without it. In here a mistake of the user, a full disk or memory and Ctrl-C end the process with
+    one sentence and exit code 1, on the one rank that should say it; a mistake of ours keeps its traceback."""
+    # torchrun keeps its store over --max-restarts: without a prefix, an attempt would take addresses of the last one.
     store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store, script = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), Path(sys.argv[0]).name
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    try:
+        yield
+    except BadInput as e:
+        sys.exit(f"{script}: {e}" if rank == 0 else 1)
+    except (OSError, SafetensorError, dcp.api.CheckpointException) as e:
+        sys.exit(f"{script}: {str(e).strip().splitlines()[-1]}; no room or no right to write? What is saved is intact")
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "allocate" not in str(e):
+            raise
+        sys.exit(f"{script}: out of memory; take smaller micro-batches. What is saved is intact")
+    except (KeyboardInterrupt, FloatingPointError) as e:
+        sys.exit(f"{script}: {str(e) or 'interrupted'}; what is saved is intact")
+    finally:
+        dist.destroy_process_group()
 
 def main():
     args, cuda = arguments(), torch.cuda.is_available()
@@ -733,15 +749,8 @@ def main():
     logging.disable_progress_bar()  # transformers' own
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    try:
+    with process_group("cpu:gloo,cuda:nccl" if cuda else "gloo"):
         train(args)
-    except BadInput as e:
-        sys.exit(f"llara.py: {e}" if dist.get_rank() == 0 else 1)
-    except (OSError, SafetensorError, dcp.api.CheckpointException) as e:  # a full disk, no permission
-        sys.exit(f"llara.py: {str(e).strip().splitlines()[-1]}; no room or no right to write? What is saved is intact")
-    finally:
-        dist.destroy_process_group()
 
 if __name__ == "__main__":
     main()
