@@ -653,6 +653,8 @@ def train(args):
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 save_checkpoint(model, optimizer, args, step + 1)
     except BadInput as e:
+        if step == 0:
+            raise  # nothing to save: dcp would even make up a first update in the optimizer
         save_checkpoint(model, optimizer, args, step)
         raise BadInput(f"{e}; all before step {step} is saved, --resume continues") from None
     bar.close()

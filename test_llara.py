@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Tests of llara.py and eval.py, each against something that they did not compute: python -m pytest -q test_llara.py"""
-import functools, gzip, json, math, os, random, re, shutil, subprocess, sys
+import fcntl, functools, gzip, json, math, os, random, re, shutil, signal, subprocess, sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from unittest import mock
@@ -52,6 +52,7 @@ def home(tmp_path_factory):  # every test runs in one folder, with a tiny model 
 def main(flags):  # in this process: a launch costs seconds
     with mock.patch.object(sys, "argv", ["llara.py", *flags.split()]):
         llara.main()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def refused(flags):  # -> what main() says. For a str in SystemExit, Python prints it and exits with code 1
     with pytest.raises(SystemExit, match="^llara.py: [^\n]*$") as exit:
@@ -263,15 +264,20 @@ def test_encode():
     for size in (1, 3, 32):
         same(torch.tensor(llara.encode(lm, tokenizer, texts, "next", 200, size)), torch.stack(expected))
 
-def test_split_and_interrupted():
-    """Micro-batches, a run killed and resumed (bit for bit), the same on two ranks: against an unbroken run."""
+def test_split_and_interrupted(monkeypatch):
+    """Micro-batches, a run killed or told to stop, then resumed (bit for bit), two ranks: against an unbroken run."""
+    item = llara.Steps.__getitem__
     main(RUN + "unbroken"), main(RUN + "micro --micro-batch-size 1")  # lengths differ, and many rows have no target
     same_run("micro", "unbroken", 2e-5)
     assert launch(["-c", KILL, *(RUN + "killed").split()]).returncode == -9
     assert len(log("killed")) == 6 and os.listdir("killed").count("checkpoint-00000003") == 1
     shutil.copytree("killed", "ranks")
-    main(RUN + "killed --resume")
-    same_run("killed", "unbroken", 0)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1"), main(RUN + "killed")  # as torchrun --max-restarts does
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT"), same_run("killed", "unbroken", 0)
+    with mock.patch.object(llara.Steps, "__getitem__", lambda self, step: (
+            step == 5 and os.kill(os.getpid(), signal.SIGTERM), item(self, step))[1]):
+        assert "all before step 5 is saved" in refused(RUN + "terminated")
+    main("--resume --output terminated"), same_run("terminated", "unbroken", 0)
     done = launch(["-m", "torch.distributed.run", "--nproc-per-node=2", llara.__file__,
                    *(RUN + "ranks --resume --micro-batch-size 2").split()])
     assert done.returncode == 0, done.stderr
@@ -313,6 +319,9 @@ def test_refusals():
         assert said in refused(RUN + f"bad --overwrite {flags}")
     with pytest.raises(llara.BadInput, match="--batch-size 8 is no multiple of 2 x 3 ranks"):
         steps(world=3)
+    with open("bad/log.jsonl", "a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        assert "another run" in launch([llara.__file__, *(RUN + "bad --overwrite").split()]).stderr
     before = sorted(Path(".").rglob("*"))
     assert "in use" in refused(RUN + ".") and sorted(Path(".").rglob("*")) == before
 
