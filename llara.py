@@ -455,13 +455,13 @@ def encode(model, tokenizer, texts, prompt="self", max_length=512, batch_size=32
     """Embeds texts: -> (n, d) float32 numpy, unit rows. prompt: "self" for passages, "next" for queries.
     model: of AutoModel or AutoModelForCausalLM, any dtype, any device. max_length, in tokens, includes the prompt.
     The result does not depend on the batch: padding is on the right, where causal attention never looks."""
-    llara = Llara(model, make_prompts(tokenizer))
-    ids = sequences(tokenizer, texts, llara.prompts, prompt.upper(), max_length)
+    ids = sequences(tokenizer, texts, make_prompts(tokenizer), prompt.upper(), max_length)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # like lengths together: little padding
     out = np.empty((len(ids), model.config.hidden_size), np.float32)
     for rows in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-        batch, lengths = pad([ids[r] for r in rows]), torch.tensor([len(ids[r]) for r in rows])  # (b, L), (b,)
-        out[rows] = llara.embed(batch.to(model.device), lengths.to(model.device)).cpu()
+        batch, lengths = pad([ids[r] for r in rows]), torch.tensor([len(ids[r]) for r in rows])          # (b, L), (b,)
+        hidden = model.base_model(input_ids=batch.to(model.device), use_cache=False).last_hidden_state  # (b, L, d)
+        out[rows] = pool(hidden, lengths.to(model.device)).cpu()                                         # (b, d)
     return out
 
 # ---- training --------------------------------------------------------------------------------------------------------
