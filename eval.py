@@ -131,19 +131,23 @@ def encode(model, tokenizer, texts, rows, prompt, max_length, path, digest="", r
     return rows, np.memmap(path, str(dtype)[6:], "c", shape=(len(rows), d)) if len(rows) else np.empty((0, d), "f4")
 
 # ---- search --------------------------------------------------------------------------------------------------------
-def best(scores, keys, k):
-    """The k highest of each row, ties by the smaller key: (q, m), (q, m) -> (q, k), (q, k)."""
-    keys, at = keys.sort(1)                                                          # (q, m)
-    scores, order = scores.gather(1, at).sort(dim=1, descending=True, stable=True)   # (q, m)
-    return scores[:, :k], keys.gather(1, order)[:, :k]
+def pack(scores, keys):
+    """float32 scores and keys (below 2^32) -> int64 that sort by score and, of equal scores, by smaller key first."""
+    bits = (scores + 0.0).view(torch.int32).long()  # sorts as the floats do, but negative ones; + 0.0: no -0.0
+    return (bits ^ (bits < 0) * 0x7FFFFFFF) * 2**32 + (2**32 - 1 - keys)
+
+def unpack(packed):
+    bits = packed >> 32
+    return (bits ^ (bits < 0) * 0x7FFFFFFF).int().view(torch.float32), 2**32 - 1 - packed % 2**32
 
 def search(queries, passages, keys, k, own=None, chunk=4096, rank=0):
     """Exact top k by dot product in float32. queries (q, d): tensor, on the device to use; passages (n, d): array, read
     once; keys (n,): of two equal scores the smaller key wins; own (q,): a key that a query must not find.
-    -> scores (q, k), highest first, and keys (q, k); where there are no k passages, scores of -inf."""
+    -> packed (q, k), best first; where there are no k passages, scores of -inf."""
     q, device = len(queries), queries.device
-    found = torch.full((q, 2 * k + chunk), -torch.inf, device=device)  # (q, w) scores of candidates; keys; number (q,)
-    found_keys, counts = found.new_zeros(found.shape, dtype=torch.int64), found.new_zeros(q, dtype=torch.int64)
+    none = int(pack(torch.tensor(-torch.inf), torch.tensor(2**32 - 1)))
+    found = torch.full((q, 2 * k + chunk), none, device=device)                      # (q, w) candidates, packed
+    counts = torch.zeros(q, dtype=torch.int64, device=device)                        # (q,) how many
     floors = torch.full((q, 1), torch.finfo(torch.float32).min, device=device)       # (q, 1) the score to reach
     buffer = torch.empty(min(q, 1024), chunk, device=device)  # always the same memory: fresh pages cost time
     # Passages come sorted by length, which scores may depend on. In random order the floor rises soonest.
@@ -152,7 +156,11 @@ def search(queries, passages, keys, k, own=None, chunk=4096, rank=0):
         key = torch.from_numpy(keys[start:start + chunk]).to(device)                 # (c,)
         for b in (slice(i, min(q, i + 1024)) for i in range(0, q, 1024)):
             count, floor = counts[b], floors[b]                                      # (b,), (b, 1)
-            scores = torch.mm(queries[b], part.T, out=buffer[:len(count), :len(key)])  # (b, c)
+            scores = buffer[:len(count), :len(key)]                                  # (b, c)
+            if device.type == "cpu":  # there numpy is the faster one, in this and in finding what is not 0
+                np.matmul(queries[b].numpy(), part.T.numpy(), out=scores.numpy())
+            else:
+                torch.mm(queries[b], part.T, out=scores)
             if own is not None:
                 scores.masked_fill_(own[b, None] == key, -torch.inf)
             if len(key) >= k and not count.any():  # the first chunk: no more than its k best
@@ -162,13 +170,13 @@ def search(queries, passages, keys, k, own=None, chunk=4096, rank=0):
             row, column = at // len(key), at % len(key)                              # (h,) few, once the floor is high
             more = row.bincount(minlength=len(scores))                               # (b,)
             place = count[row] + torch.arange(len(row), device=device) - (more.cumsum(0) - more)[row]  # (h,)
-            found[b][row, place], found_keys[b][row, place] = scores[row, column], key[column]
+            found[b][row, place] = pack(scores[row, column], key[column])
             if (used := int(count.add_(more).max())) > 2 * k:  # else there is room for another chunk
-                found[b, :k], found_keys[b, :k] = best(found[b, :used], found_keys[b, :used], k)
-                found[b, k:] = -torch.inf
-                floor.clamp_(min=found[b, k - 1:k])
+                found[b, :k] = found[b, :used].topk(k).values
+                found[b, k:] = none
+                floor.clamp_(min=unpack(found[b, k - 1:k])[0])
                 count.clamp_(max=k)
-    return best(found[:, :2 * k], found_keys[:, :2 * k], k)
+    return found[:, :2 * k].topk(k).values
 
 # ---- metrics -------------------------------------------------------------------------------------------------------
 def measure(grades, scores):
@@ -211,11 +219,9 @@ def evaluate(args, folder, output, model, tokenizer, digest):
     if args.skip_identical_ids:
         key_of = dict(zip(corpus.ids, keys.tolist()))
         own = torch.tensor([key_of.get(queries.ids[i], -1) for i in asked], device=model.device)  # (q,)
-    parts = search(embedded[asked].to(model.device), passages, keys[mine], args.top_k, own, chunk, rank)
-    parts = [(t.cpu().contiguous(), [torch.empty(t.shape, dtype=t.dtype) for _ in range(world)]) for t in parts]
-    for part, every in parts:
-        dist.all_gather(every, part)
-    scores, found = best(*(torch.cat(every, 1) for _, every in parts), args.top_k)   # (q, k)
+    part = search(embedded[asked].to(model.device), passages, keys[mine], args.top_k, own, chunk, rank).cpu()
+    dist.all_gather(parts := [torch.empty_like(part) for _ in range(world)], part)
+    scores, found = unpack(torch.cat(parts, 1).topk(args.top_k).values)              # (q, k)
     per_query = {name: measure(grades, {}) for name, grades in qrels.items()}
     with open(output / "run.trec" if rank == 0 else os.devnull, "w", encoding="utf-8") as run:
         for name, *row in zip((queries.ids[i] for i in asked), scores.tolist(), found.tolist()):

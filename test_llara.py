@@ -351,7 +351,7 @@ def test_search_is_exact_and_orders_ties(n, k, chunk):
     r = np.random.default_rng(n + k)
     queries, passages = r.integers(-1, 2, (30, 6)).astype("float32"), r.integers(-1, 2, (n, 6)).astype("float16")
     keys, own = r.permutation(n), torch.from_numpy(r.integers(0, n, 30))
-    scores, found = evaluation.search(torch.from_numpy(queries), passages, keys, k, own, chunk)
+    scores, found = evaluation.unpack(evaluation.search(torch.from_numpy(queries), passages, keys, k, own, chunk))
     for i in range(30):
         every = sorted((-float(queries[i] @ passages[j]), keys[j]) for j in range(n) if keys[j] != own[i])[:k]
         assert [(-s, key) for s, key in zip(scores[i].tolist(), found[i].tolist()) if s > -np.inf] == every
