@@ -614,8 +614,10 @@ def train(args):
         log.seek(0)
         log.truncate(sum(map(len, log.readlines()[:start])))  # a line a step
     signals, stop = (signal.SIGTERM, signal.SIGINT), []
-    loader = torch.utils.data.DataLoader(steps, None, sampler=range(start, args.steps), num_workers=args.workers,
-                                         worker_init_fn=lambda _: [signal.signal(s, signal.SIG_IGN) for s in signals])
+    loader = torch.utils.data.DataLoader(
+        steps, None, sampler=range(start, args.steps), num_workers=args.workers,
+        multiprocessing_context="fork" if args.workers else None,  # the open files of the data are inherited
+        worker_init_fn=lambda _: [signal.signal(s, signal.SIG_IGN) for s in signals])
     for number in signals:
         signal.signal(number, lambda *_: stop.append(1))
     bar, then = tqdm(initial=start, total=args.steps, unit="step", disable=rank > 0), time.perf_counter()
