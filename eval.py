@@ -157,7 +157,7 @@ def search(queries, passages, keys, k, own=None, chunk=4096, rank=0):
         for b in (slice(i, min(q, i + 1024)) for i in range(0, q, 1024)):
             count, floor = counts[b], floors[b]                                      # (b,), (b, 1)
             scores = buffer[:len(count), :len(key)]                                  # (b, c)
-            if device.type == "cpu":  # there numpy is the faster one, in this and in finding what is not 0
+            if device.type == "cpu":  # numpy is faster; and threads of two libraries would wait for each other
                 np.matmul(queries[b].numpy(), part.T.numpy(), out=scores.numpy())
             else:
                 torch.mm(queries[b], part.T, out=scores)
@@ -165,8 +165,8 @@ def search(queries, passages, keys, k, own=None, chunk=4096, rank=0):
                 scores.masked_fill_(own[b, None] == key, -torch.inf)
             if len(key) >= k and not count.any():  # the first chunk: no more than its k best
                 floor.clamp_(min=scores.topk(k).values[:, -1:])
-            over = scores >= floor                                                   # (b, c)
-            at = torch.from_numpy(np.flatnonzero(over)) if device.type == "cpu" else over.flatten().nonzero()[:, 0]
+            at = (torch.from_numpy(np.flatnonzero(scores.numpy() >= floor.numpy())) if device.type == "cpu"
+                  else (scores >= floor).flatten().nonzero()[:, 0])                  # (h,)
             row, column = at // len(key), at % len(key)                              # (h,) few, once the floor is high
             more = row.bincount(minlength=len(scores))                               # (b,)
             place = count[row] + torch.arange(len(row), device=device) - (more.cumsum(0) - more)[row]  # (h,)
