@@ -7,8 +7,6 @@
 
     python eval.py                          # ./out on docstrings of the installed Python; --model out/base: untrained
     torchrun --nproc-per-node 8 eval.py --model BAAI/LLARA-passage --dtype bfloat16 --data msmarco --split dev
-
-The result does not depend on the number of ranks. A killed run, started again, goes on where it was.
 """
 import argparse, hashlib, json, math, os, re, sys
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
-from llara import BadInput, Lines, docstrings, make_prompts, pad, pool, process_group, sequences
+from llara import BadInput, Lines, docstrings, make_prompts, pad, pool, pretrained, process_group, sequences
 
 # ---- read a collection ---------------------------------------------------------------------------------------------
 class Texts(Lines):
@@ -71,36 +69,30 @@ def python_collection(folder):
             rows.append((query, " ".join(rest.split())))
         seen |= lines
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    for side, file in enumerate(("queries.jsonl", "corpus.jsonl")):
+    for file, side in ("queries.jsonl", 0), ("corpus.jsonl", 1):
         (folder / file).write_text("".join(json.dumps({"_id": i, "text": r[side]}) + "\n" for i, r in enumerate(rows)))
-    judged = "".join(f"{i}\t{i}\t1\n" for i in range(len(rows)))
-    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    judged = ["query-id\tcorpus-id\tscore", *(f"{i}\t{i}\t1" for i in range(len(rows)))]
+    (folder / "qrels/test.tsv").write_text("\n".join(judged))
 
 # ---- encode --------------------------------------------------------------------------------------------------------
 def load(name, dtype, device):
-    """-> the body of a HF causal language model, its tokenizer, and a digest of both. No code from the folder is run.
-    BadInput if it is no complete LLaRA model; only a head is not needed."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, info = transformers.AutoModel.from_pretrained(name, dtype=dtype, attn_implementation="sdpa",
-                                                             trust_remote_code=False, output_loading_info=True)
-    except (OSError, ValueError) as e:
-        raise BadInput(f"--model {name}: cannot be loaded: {str(e).strip().splitlines()[0]}") from e
-    if info["missing_keys"] or max(map(max, make_prompts(tokenizer))) >= model.get_input_embeddings().num_embeddings:
-        raise BadInput(f"--model {name}: lacks {sorted(info['missing_keys'])[:3] or 'embeddings of <s1>..<s16>'}")
+    """-> the body of a HF causal LM, its tokenizer, a digest of both. BadInput if it is no LLaRA model (head aside)."""
+    model, tokenizer = pretrained(transformers.AutoModel, name, dtype)
+    if max(map(max, make_prompts(tokenizer))) >= model.get_input_embeddings().num_embeddings:
+        raise BadInput(f"{name}: lacks embeddings of <s1>..<s16>")
     digest = hashlib.sha256((model.config.to_json_string() + tokenizer.backend_tokenizer.to_str()).encode())
     for key, weight in model.state_dict().items():  # all of it: two models may differ in the rows of <s1>..<s16> alone
         digest.update(key.encode() + weight.contiguous().flatten().view(torch.uint8).numpy().data)
     return model.to(device).eval(), tokenizer, digest.hexdigest()
 
 @torch.inference_mode()
-def encode(model, tokenizer, texts, rows, prompt, max_length, path, digest="", rank=0, world=1, budget=4096, chunk=512):
-    """Embeds texts[rows] (of their chunks every world-th), streamed to a file `path`-.. of raw float32 or float16.
-    rows (n,): indices; prompt: "self" or "next"; max_length, in tokens, includes it; budget: tokens a batch, with pads.
-    -> indices (m,) of the texts in the file, in order; the file as an array (m, d). Its name tells all that shapes an
-    embedding; whole chunks found there are kept. FloatingPointError if an embedding is not finite."""
+def encode(model, tokenizer, digest, texts, rows, prompt, max_length, path, rank=0, world=1, budget=4096, chunk=512):
+    """Embeds texts[rows] (of their chunks every world-th), streamed to a file `path`-.. of raw float32 or float16. Its
+    name tells all that shapes an embedding, `digest` stands for the model; whole chunks found there are kept. In
+    tokens: max_length of a text and its prompt, "self" or "next"; budget of a batch. -> indices (m,) of the texts in
+    the file, in order; the file as an array (m, d). FloatingPointError if an embedding is not finite."""
     prompts = make_prompts(tokenizer)
-    rows = rows[np.argsort(-texts.lengths[texts.full[rows]], kind="stable")]  # (n,) longest first, by bytes
+    rows = np.array(rows)[np.argsort(-texts.lengths[texts.full[rows]], kind="stable")]  # (n,) longest first, by bytes
     chunks = [rows[i:i + chunk] for i in range(0, len(rows), chunk)][rank::world]
     rows, d = np.concatenate([rows[:0], *chunks]), model.config.hidden_size          # (m,)
     dtype = torch.float32 if model.dtype == torch.float32 else torch.float16
@@ -110,24 +102,20 @@ def encode(model, tokenizer, texts, rows, prompt, max_length, path, digest="", r
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file, tqdm(total=len(rows), unit="text", desc=path.name[:6], disable=rank > 0) as bar:
         size = d * dtype.itemsize                                                    # of an embedding, in bytes
-        done = len(chunks) if file.tell() == len(rows) * size else file.tell() // (chunk * size)
-        file.truncate(min(file.tell(), done * chunk * size))  # half a chunk is made again, in the same batches
-        bar.update(min(len(rows), done * chunk))
-        for some in chunks[done:]:
+        kept = len(rows) if file.tell() == len(rows) * size else file.tell() // (chunk * size) * chunk
+        file.truncate(kept * size), bar.update(kept)  # half a chunk is made again, in the same batches
+        for some in chunks[math.ceil(kept / chunk):]:
             ids = sequences(tokenizer, [texts[texts.full[i]][1] for i in some], prompts, prompt.upper(), max_length)
-            order, out = sorted(range(len(ids)), key=lambda i: -len(ids[i])), torch.empty(len(ids), d, dtype=dtype)
-            while order:
-                n = max(1, budget // len(ids[order[0]]))
-                batch, lengths = [ids[i] for i in order[:n]], [len(ids[i]) for i in order[:n]]
-                # Pads are on the right, where causal attention never looks: no mask is needed, and fast kernels run.
-                hidden = model.base_model(input_ids=pad(batch).to(model.device), use_cache=False).last_hidden_state
-                out[order[:n]] = pool(hidden, torch.tensor(lengths, device=hidden.device)).to("cpu", dtype)  # (B, d)
-                order = order[n:]
-                bar.update(len(batch))
+            order, out = np.argsort([-len(i) for i in ids], kind="stable"), torch.empty(len(ids), d, dtype=dtype)
+            while len(order):
+                some, order = np.split(order, [max(1, budget // len(ids[order[0]]))])  # (B,), the rest
+                batch, lengths = pad([ids[i] for i in some]), torch.tensor([len(ids[i]) for i in some])  # (B, L), (B,)
+                hidden = model.base_model(input_ids=batch.to(model.device), use_cache=False).last_hidden_state
+                out[some] = pool(hidden, lengths.to(model.device)).to("cpu", dtype)  # (B, d)
+                bar.update(len(some))
             if not out.isfinite().all():
                 raise FloatingPointError(f"embeddings overflow in {model.dtype}: take --dtype bfloat16 or float32")
             file.write(out.numpy().data)
-            file.flush()
     return rows, np.memmap(path, str(dtype)[6:], "c", shape=(len(rows), d)) if len(rows) else np.empty((0, d), "f4")
 
 # ---- search --------------------------------------------------------------------------------------------------------
@@ -140,10 +128,9 @@ def unpack(packed):
     bits = packed >> 32
     return (bits ^ (bits < 0) * 0x7FFFFFFF).int().view(torch.float32), 2**32 - 1 - packed % 2**32
 
-def search(queries, passages, keys, k, own=None, chunk=4096, rank=0):
+def search(queries, passages, keys, k, chunk=4096, rank=0):
     """Exact top k by dot product in float32. queries (q, d): tensor, on the device to use; passages (n, d): array, read
-    once; keys (n,): of two equal scores the smaller key wins; own (q,): a key that a query must not find.
-    -> packed (q, k), best first; where there are no k passages, scores of -inf."""
+    once; keys (n,): of equal scores the smaller key wins. -> packed (q, k), best first; -inf where there is none."""
     q, device = len(queries), queries.device
     none = int(pack(torch.tensor(-torch.inf), torch.tensor(2**32 - 1)))
     found = torch.full((q, 2 * k + chunk), none, device=device)                      # (q, w) candidates, packed
@@ -161,8 +148,6 @@ def search(queries, passages, keys, k, own=None, chunk=4096, rank=0):
                 np.matmul(queries[b].numpy(), part.T.numpy(), out=scores.numpy())
             else:
                 torch.mm(queries[b], part.T, out=scores)
-            if own is not None:
-                scores.masked_fill_(own[b, None] == key, -torch.inf)
             if len(key) >= k and not count.any():  # the first chunk: no more than its k best
                 floor.clamp_(min=scores.topk(k).values[:, -1:])
             at = (torch.from_numpy(np.flatnonzero(scores.numpy() >= floor.numpy())) if device.type == "cpu"
@@ -191,45 +176,39 @@ def measure(grades, scores):
             **{f"Recall@{k}": sum(rank <= k for rank in ranks) / total for k in (10, 100, 1000)},
             "MAP@1000": sum(n / rank for n, rank in enumerate(ranks, 1) if rank <= 1000) / total}
 
-def mean(rows):
-    return {metric: sum(row[metric] for row in rows) / len(rows) for metric in rows[0]}
+def mean(table):  # {name: {metric: value}}
+    return {metric: sum(row[metric] for row in table.values()) / len(table) for metric in next(iter(table.values()))}
 
 # ---- main ----------------------------------------------------------------------------------------------------------
-def evaluate(args, folder, output, model, tokenizer, digest):
+def evaluate(args, folder, output, loaded):
     """Encodes, searches and scores one collection; rank 0 writes output/run.trec. -> its part of metrics.json."""
     rank, world, qrels = dist.get_rank(), dist.get_world_size(), read_qrels(folder / "qrels" / f"{args.split}.tsv")
-    queries, corpus = Texts(folder / "queries.jsonl"), Texts(folder / "corpus.jsonl")
+    queries, corpus = (Texts(folder / file) for file in ("queries.jsonl", "corpus.jsonl"))
     odd = {"judged queries are not in queries.jsonl: they score 0": qrels.keys() - queries.ids,
            "judged documents are not in corpus.jsonl: never found": set().union(*qrels.values()).difference(corpus.ids),
            "texts are empty: searched as they are": queries.empty + corpus.empty}
     notes = [f"{folder}: {len(v)} {what} ({', '.join(sorted(v)[:3])} ..)" for what, v in odd.items() if v]
     print(*(note + "\n" for note in notes if rank == 0), sep="", end="", flush=True)
     asked = np.array([i for i, name in enumerate(queries.ids) if name in qrels], np.int64)  # (q,)
-    how = dict(digest=digest, rank=rank, world=world, budget=args.batch_tokens)
-    mine, part = encode(model, tokenizer, queries, asked, args.query_prompt, args.query_length,
-                        output / "queries", **how)
+    chunk = 4096 if len(corpus.ids) > 100_000 else 512  # not by the number of ranks: so batches and scores are the same
+    how = rank, world, 4096 if loaded[0].device.type == "cpu" else 16384, chunk
+    mine, part = encode(*loaded, queries, asked, args.query_prompt, args.query_length, output / "queries", *how)
     embedded = torch.zeros(len(queries.ids), part.shape[1])                          # (all queries, d)
     embedded[mine] = torch.from_numpy(part).float()
     dist.all_reduce(embedded)
-    chunk = 4096 if len(corpus.ids) > 100_000 else 512  # not by the number of ranks: so batches and scores are the same
-    mine, passages = encode(model, tokenizer, corpus, np.arange(len(corpus.ids)), "self", args.passage_length,
-                            output / "corpus", chunk=chunk, **how)
-    keys, own = np.empty(len(corpus.ids), np.int64), None
-    keys[corpus.by_id] = np.arange(len(keys))                                        # (n,)
-    if args.skip_identical_ids:
-        key_of = dict(zip(corpus.ids, keys.tolist()))
-        own = torch.tensor([key_of.get(queries.ids[i], -1) for i in asked], device=model.device)  # (q,)
-    part = search(embedded[asked].to(model.device), passages, keys[mine], args.top_k, own, chunk, rank).cpu()
+    keys, k = np.argsort(corpus.by_id), args.top_k + args.skip_identical_ids         # (n,) places in trec_eval's order
+    mine, passages = encode(*loaded, corpus, range(len(keys)), "self", args.passage_length, output / "corpus", *how)
+    part = search(embedded[asked].to(loaded[0].device), passages, keys[mine], k, chunk, rank).cpu()
     dist.all_gather(parts := [torch.empty_like(part) for _ in range(world)], part)
-    scores, found = unpack(torch.cat(parts, 1).topk(args.top_k).values)              # (q, k)
+    scores, found = unpack(torch.cat(parts, 1).topk(k).values)                       # (q, k)
     per_query = {name: measure(grades, {}) for name, grades in qrels.items()}
     with open(output / "run.trec" if rank == 0 else os.devnull, "w", encoding="utf-8") as run:
         for name, *row in zip((queries.ids[i] for i in asked), scores.tolist(), found.tolist()):
-            result = {corpus.ids[corpus.by_id[key]]: score for score, key in zip(*row) if score > -math.inf}
+            hits = [(corpus.ids[corpus.by_id[key]], score) for score, key in zip(*row) if score > -math.inf]
+            result = dict([hit for hit in hits if not args.skip_identical_ids or hit[0] != name][:args.top_k])
             run.writelines(f"{name} Q0 {i} {n} {result[i]:.9g} llara\n" for n, i in enumerate(result, 1))
             per_query[name] = measure(qrels[name], result)
-    return {"documents": len(corpus.ids), "queries": len(qrels), "notes": notes, "mean": mean([*per_query.values()]),
-            "per_query": per_query}
+    return dict(documents=len(keys), queries=len(qrels), notes=notes, mean=mean(per_query), per_query=per_query)
 
 def main():
     parser = argparse.ArgumentParser(description="Measure a LLaRA model by dot-product retrieval.")
@@ -242,7 +221,6 @@ def main():
     add("--query-prompt", default="next", choices=["next", "self"], help="passages always take SELF (default: next)")
     add("--query-length", type=int, default=64, help="in tokens, with the prompt (default: 64)")
     add("--passage-length", type=int, default=160, help="in tokens, with the prompt (default: 160)")
-    add("--batch-tokens", type=int, default=16384 if torch.cuda.is_available() else 4096, help="of a batch, with pads")
     add("--top-k", type=int, default=1000, help="documents a query (default: 1000)")
     add("--skip-identical-ids", action="store_true", help="no query finds the document of its own id (ArguAna, Quora)")
     args = parser.parse_args()
@@ -257,11 +235,11 @@ def main():
         names = {folder.resolve().name: folder for folder in folders}
         if len(names) < len(folders) or args.top_k < 1:
             raise BadInput("--data needs folders of different names, --top-k at least 1")
-        results = {n: evaluate(args, f, output / n if len(names) > 1 else output, *loaded) for n, f in names.items()}
-        average = mean([r["mean"] for r in results.values()])
+        results = {n: evaluate(args, f, output / n if len(names) > 1 else output, loaded) for n, f in names.items()}
         if dist.get_rank() == 0:
-            versions = {"python": sys.version, **{m.__name__: m.__version__ for m in (torch, transformers, np)}}
-            report = {"settings": vars(args), "versions": versions, "average": average, "collections": results}
+            average = mean({n: r["mean"] for n, r in results.items()})
+            report = {"settings": vars(args), "average": average, "collections": results, "versions":
+                      {"python": sys.version, **{m.__name__: m.__version__ for m in (torch, transformers, np)}}}
             (output / "metrics.json").write_text(json.dumps(report, indent=1, default=str))
             print(f"{'':20}" + "".join(f"{name:>12}" for name in ("documents", "queries", *average)))
             for name, r in (results | {"average": {"mean": average}} if len(names) > 1 else results).items():

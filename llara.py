@@ -367,18 +367,23 @@ class Llara(nn.Module):
         mask: causality hides the pads, and the fast attention kernels run."""
         return pool(self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state, lengths)
 
-def load(name):
-    """A HF causal language model (hub name or folder) and its tokenizer, ready for `Llara`, with <s1>..<s16> in both.
-    float32 whatever the file holds: in bfloat16 a step of 1e-5 on a weight of 0.02 is rounded away. sdpa: eager adds a
-    boolean mask as 0/1, flash attention takes none. No code from the folder is run. BadInput if it cannot be used."""
+def pretrained(kind, name, dtype=torch.float32):
+    """A HF model of the class `kind` and its tokenizer, by hub name or folder; no code from there is run. sdpa: eager
+    adds a boolean mask as 0/1, flash attention takes none. BadInput if it cannot be loaded or lacks anything."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        lm, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa",
-                                                        trust_remote_code=False, output_loading_info=True)
+        model, info = kind.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False,
+                                           output_loading_info=True)
     except (OSError, ValueError) as e:
-        raise BadInput(f"{name}: not loadable as a causal language model: {str(e).strip().splitlines()[0]}") from e
+        raise BadInput(f"{name}: cannot be loaded by {kind.__name__}: {str(e).strip().splitlines()[0]}") from e
     if info["missing_keys"] or not tokenizer.is_fast:
-        raise BadInput(f"{name}: missing {sorted(info['missing_keys'])[:3] or 'a fast tokenizer (tokenizer.json)'}")
+        raise BadInput(f"{name}: lacks {sorted(info['missing_keys'])[:3] or 'a fast tokenizer (tokenizer.json)'}")
+    return model, tokenizer
+
+def load(name):
+    """A causal language model and its tokenizer, ready for `Llara`, with <s1>..<s16> in both. float32 whatever the file
+    holds: in bfloat16 a step of 1e-5 on a weight of 0.02 is rounded away. BadInput if it cannot be used."""
+    lm, tokenizer = pretrained(AutoModelForCausalLM, name)
     new, old = [token for token in SPECIAL if token not in tokenizer.get_vocab()], len(tokenizer)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:  # some models have spare rows
@@ -552,21 +557,16 @@ STAGES = {"adapt": (Articles, Steps, adapt), "finetune": (Pairs, Groups, finetun
 def prepare(args, out):
     """Claims the output folder, makes the default data and model, opens all: -> log file of rank 0, lines, language
     model, tokenizer."""
-    rank, busy, log = dist.get_rank(), torch.zeros(1), None
-    if not (args.resume or args.overwrite) and out.exists() and any(out.iterdir()):
-        raise BadInput(f"--output {out} is in use: --resume continues, --overwrite starts anew, or name another folder")
-    dist.barrier()  # all have looked
+    rank, log = dist.get_rank(), None
     if rank == 0:
+        if not (args.resume or args.overwrite) and out.exists() and any(out.iterdir()):
+            raise BadInput(f"--output {out} is in use: --resume continues, --overwrite starts anew, or name another")
         out.mkdir(parents=True, exist_ok=True)
         log = open(out / "log.jsonl", "a+", buffering=1)
         try:
             fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
         except BlockingIOError:
-            busy += 1
-    dist.all_reduce(busy)
-    if busy:
-        raise BadInput(f"--output {out}: another run is writing there")
-    if rank == 0:
+            raise BadInput(f"--output {out}: another run is writing there") from None
         for old in [out / "checkpoint.tmp"] if args.resume else out.glob("checkpoint*"):
             shutil.rmtree(old, ignore_errors=True)
         if not (args.data or args.resume):
@@ -739,6 +739,8 @@ def process_group(backend):
     except (OSError, SafetensorError, dcp.api.CheckpointException) as e:
         sys.exit(f"{script}: {str(e).strip().splitlines()[-1]}; no room or no right to write? What is saved is intact")
     except (MemoryError, RuntimeError) as e:
+        if "closed by peer" in str(e):
+            sys.exit(1)  # another rank has ended, and says why
         if isinstance(e, RuntimeError) and "allocate" not in str(e):
             raise
         sys.exit(f"{script}: out of memory; take smaller micro-batches. What is saved is intact")

@@ -350,10 +350,10 @@ def test_measure_is_trec_eval():
 def test_search_is_exact_and_orders_ties(n, k, chunk):
     r = np.random.default_rng(n + k)
     queries, passages = r.integers(-1, 2, (30, 6)).astype("float32"), r.integers(-1, 2, (n, 6)).astype("float16")
-    keys, own = r.permutation(n), torch.from_numpy(r.integers(0, n, 30))
-    scores, found = evaluation.unpack(evaluation.search(torch.from_numpy(queries), passages, keys, k, own, chunk))
+    keys = r.permutation(n)
+    scores, found = evaluation.unpack(evaluation.search(torch.from_numpy(queries), passages, keys, k, chunk))
     for i in range(30):
-        every = sorted((-float(queries[i] @ passages[j]), keys[j]) for j in range(n) if keys[j] != own[i])[:k]
+        every = sorted((-float(queries[i] @ passages[j]), keys[j]) for j in range(n))[:k]
         assert [(-s, key) for s, key in zip(scores[i].tolist(), found[i].tolist()) if s > -np.inf] == every
 
 def write_collection(folder, corpus, queries, qrels, split="test"):
@@ -405,10 +405,10 @@ def test_resume_ranks_and_report(collection, monkeypatch, capsys):
     assert file.read_bytes() == whole and len(list((collection / "one").glob("corpus-*"))) == 2
 
 def test_encode_is_llara_encode(collection):
-    model, tokenizer, _ = evaluation.load(collection / "model", torch.float32, "cpu")
-    texts = evaluation.Texts(collection / "data/corpus.jsonl")
-    rows, vectors = evaluation.encode(model, tokenizer, texts, np.arange(50), "self", 90, collection / "x", budget=300)
-    expected = llara.encode(model, tokenizer, [texts[i][1] for i in rows], "self", 90)
+    loaded, texts = evaluation.load(collection / "model", torch.float32, "cpu"), evaluation.Texts(
+        collection / "data/corpus.jsonl")
+    rows, vectors = evaluation.encode(*loaded, texts, range(50), "self", 90, collection / "x", budget=300)
+    expected = llara.encode(*loaded[:2], [texts[i][1] for i in rows], "self", 90)
     assert sorted(rows) == list(range(50)) and np.abs(vectors - expected).max() < 1e-5
 
 ROW, QUERY, JUDGED = {"_id": "d", "text": "t"}, {"_id": "q", "text": "t"}, "q\td\t1\n"
