@@ -100,10 +100,11 @@ def encode(model, tokenizer, digest, texts, rows, prompt, max_length, path, rank
                model.dtype, model.device.type, torch.__version__, transformers.__version__)
     path = Path(f"{path}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.{rank}-of-{world}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file, tqdm(total=len(rows), unit="text", desc=path.name[:6], disable=rank > 0) as bar:
+    with open(path, "ab") as file, tqdm(total=len(rows), unit="text", desc=texts.paths[0].stem, disable=rank > 0) as bar:
         size = d * dtype.itemsize                                                    # of an embedding, in bytes
         kept = len(rows) if file.tell() == len(rows) * size else file.tell() // (chunk * size) * chunk
         file.truncate(kept * size), bar.update(kept)  # half a chunk is made again, in the same batches
+        # Chunks are the same for any number of ranks, and so are batches, embeddings and (chunk by chunk) scores.
         for some in chunks[math.ceil(kept / chunk):]:
             ids = sequences(tokenizer, [texts[texts.full[i]][1] for i in some], prompts, prompt.upper(), max_length)
             order, out = np.argsort([-len(i) for i in ids], kind="stable"), torch.empty(len(ids), d, dtype=dtype)
@@ -128,7 +129,7 @@ def unpack(packed):
     bits = packed >> 32
     return (bits ^ (bits < 0) * 0x7FFFFFFF).int().view(torch.float32), 2**32 - 1 - packed % 2**32
 
-def search(queries, passages, keys, k, chunk=4096, rank=0):
+def search(queries, passages, keys, k, chunk=512, rank=0):
     """Exact top k by dot product in float32. queries (q, d): tensor, on the device to use; passages (n, d): array, read
     once; keys (n,): of equal scores the smaller key wins. -> packed (q, k), best first; -inf where there is none."""
     q, device = len(queries), queries.device
@@ -143,17 +144,13 @@ def search(queries, passages, keys, k, chunk=4096, rank=0):
         key = torch.from_numpy(keys[start:start + chunk]).to(device)                 # (c,)
         for b in (slice(i, min(q, i + 1024)) for i in range(0, q, 1024)):
             count, floor = counts[b], floors[b]                                      # (b,), (b, 1)
-            scores = buffer[:len(count), :len(key)]                                  # (b, c)
-            if device.type == "cpu":  # numpy is faster; and threads of two libraries would wait for each other
-                np.matmul(queries[b].numpy(), part.T.numpy(), out=scores.numpy())
-            else:
-                torch.mm(queries[b], part.T, out=scores)
+            scores = torch.mm(queries[b], part.T, out=buffer[:len(count), :len(key)])  # (b, c)
             if len(key) >= k and not count.any():  # the first chunk: no more than its k best
                 floor.clamp_(min=scores.topk(k).values[:, -1:])
-            at = (torch.from_numpy(np.flatnonzero(scores.numpy() >= floor.numpy())) if device.type == "cpu"
-                  else (scores >= floor).flatten().nonzero()[:, 0])                  # (h,)
-            row, column = at // len(key), at % len(key)                              # (h,) few, once the floor is high
-            more = row.bincount(minlength=len(scores))                               # (b,)
+            some = (scores.amax(1, keepdim=True) >= floor).nonzero()[:, 0]           # (r,) queries with any above
+            row, column = (scores[some] >= floor[some]).nonzero().T                  # (h,) few, once the floor is high
+            row = some[row]                                                          # (h,) of the query
+            more = row.bincount(minlength=len(count))                               # (b,)
             place = count[row] + torch.arange(len(row), device=device) - (more.cumsum(0) - more)[row]  # (h,)
             found[b][row, place] = pack(scores[row, column], key[column])
             if (used := int(count.add_(more).max())) > 2 * k:  # else there is room for another chunk
@@ -190,15 +187,14 @@ def evaluate(args, folder, output, loaded):
     notes = [f"{folder}: {len(v)} {what} ({', '.join(sorted(v)[:3])} ..)" for what, v in odd.items() if v]
     print(*(note + "\n" for note in notes if rank == 0), sep="", end="", flush=True)
     asked = np.array([i for i, name in enumerate(queries.ids) if name in qrels], np.int64)  # (q,)
-    chunk = 4096 if len(corpus.ids) > 100_000 else 512  # not by the number of ranks: so batches and scores are the same
-    how = rank, world, 4096 if loaded[0].device.type == "cpu" else 16384, chunk
+    how = rank, world, 4096 if loaded[0].device.type == "cpu" else 16384
     mine, part = encode(*loaded, queries, asked, args.query_prompt, args.query_length, output / "queries", *how)
     embedded = torch.zeros(len(queries.ids), part.shape[1])                          # (all queries, d)
     embedded[mine] = torch.from_numpy(part).float()
     dist.all_reduce(embedded)
     keys, k = np.argsort(corpus.by_id), args.top_k + args.skip_identical_ids         # (n,) places in trec_eval's order
     mine, passages = encode(*loaded, corpus, range(len(keys)), "self", args.passage_length, output / "corpus", *how)
-    part = search(embedded[asked].to(loaded[0].device), passages, keys[mine], k, chunk, rank).cpu()
+    part = search(embedded[asked].to(loaded[0].device), passages, keys[mine], k, rank=rank).cpu()
     dist.all_gather(parts := [torch.empty_like(part) for _ in range(world)], part)
     scores, found = unpack(torch.cat(parts, 1).topk(k).values)                       # (q, k)
     per_query = {name: measure(grades, {}) for name, grades in qrels.items()}
