@@ -189,15 +189,13 @@ class Steps(torch.utils.data.Dataset):
     worker's time, not the device's), and so knows the counts of the global batch without asking the others."""
     def __init__(self, lines, tokenizer, prompts, args, rank=0, world=1):
         self.lines, self.tokenizer, self.prompts, self.args = lines, tokenizer, prompts, args
-        self.rank, self.world = rank, world
-        self.size = self.count()
+        self.rank, self.world, self.size = rank, world, self.count()
+        if args.batch_size < world:
+            raise BadInput(f"--batch-size {args.batch_size} leaves some of {world} ranks without work")
 
     def count(self):
         self.special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.room = self.args.max_length - sum(map(len, self.prompts))  # tokens of a passage
-        if math.ceil(self.args.batch_size / self.args.micro_batch_size) % self.world:
-            raise BadInput(f"--batch-size {self.args.batch_size} is no multiple of {self.args.micro_batch_size} x "
-                           f"{self.world} ranks")
         if self.room < 1:
             raise BadInput(f"--max-length {self.args.max_length}: the prompts take {self.args.max_length - self.room}")
         return self.lines.count(self.tokenizer, self.room)
@@ -224,12 +222,16 @@ class Steps(torch.utils.data.Dataset):
             bags.append([sorted(set(ids) - self.special) for ids in self.tokenizer(words, **PLAIN).input_ids])
         return list(zip(names, cuts[0].input_ids, *bags))
 
+    def cut(self, lengths):  # (n,)
+        """-> the indices of sequences of these lengths, in micro-batches; as many of them for each rank."""
+        order = lengths.argsort(descending=True, stable=True)  # too large a micro-batch shows at once
+        return order.tensor_split(self.world * math.ceil(len(order) / (self.args.micro_batch_size * self.world)))
+
     def prepare(self, places):
-        micro, examples = self.args.micro_batch_size, self.examples([i for _, i in places])
-        examples.sort(key=lambda e: -len(e[1]))  # longest first: too large a micro-batch shows at once
-        parts = [examples[i:i + micro] for i in range(0, len(examples), micro)]
+        examples = self.examples([i for _, i in places])
+        lengths = torch.tensor([sum(map(len, self.prompts)) + len(e[1]) for e in examples])  # (B,)
+        parts = [[examples[i] for i in rows] for rows in self.cut(lengths)]
         micros = [collate([e[1:] for e in part], self.prompts) for part in parts]
-        lengths = torch.tensor([sum(map(len, self.prompts)) + len(e[1]) for e in examples])
         return {"micros": micros[self.rank::self.world], "counts": sum(m["counts"] for m in micros), "lengths": lengths,
                 "lines": [[e[0] for e in part] for part in parts],
                 "padding": 1 - lengths.sum().item() / sum(m["input_ids"].numel() for m in micros)}
@@ -261,15 +263,11 @@ class Groups(Steps):
         excluded[range(len(queries)), positive] = False
         ids = (sequences(self.tokenizer, queries, self.prompts, "NEXT", args.query_length)
                + sequences(self.tokenizer, passages, self.prompts, "SELF", args.passage_length))
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        count = self.world * math.ceil(len(ids) / (args.micro_batch_size * self.world))  # the same for each rank
-        micros = []
-        for rows in np.array_split(order, count):
-            part = [ids[i] for i in rows] or [[0] * 8]  # none left: but all ranks must call the model equally often
-            micros.append((torch.tensor(rows, dtype=torch.long), pad(part), torch.tensor([*map(len, part)])))
+        lengths = torch.tensor([*map(len, ids)])                                     # (Q + P,)
+        micros = [(rows, pad([ids[i] for i in rows]), lengths[rows]) for rows in self.cut(lengths)]
         return {"micros": micros[self.rank::self.world], "excluded": excluded, "positive": torch.tensor(positive),
-                "lengths": torch.tensor([*map(len, ids)]), "lines": names,
-                "padding": 1 - sum(map(len, ids)) / sum(m[1].numel() for m in micros)}
+                "lengths": lengths, "lines": names,
+                "padding": 1 - lengths.sum().item() / sum(m[1].numel() for m in micros)}
 
     def yardstick(self, vocab_size):
         passages = self.args.batch_size * self.args.group_size
@@ -538,7 +536,7 @@ def finetune(model, item, args):
     def embed(i):
         torch.manual_seed(seed + i)  # dropout, if any, must be the same both times
         rows, ids, lengths = item["micros"][i]
-        return model.embed(ids.to(device), lengths.to(device))[:len(rows)]           # (b, d)
+        return model.embed(ids.to(device), lengths.to(device))                       # (b, d)
     vectors = torch.zeros(len(item["lengths"]), model.lm.config.hidden_size, device=device)  # (Q + P, d)
     with torch.no_grad():
         for i, (rows, *_) in enumerate(item["micros"]):

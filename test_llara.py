@@ -317,8 +317,8 @@ def test_refusals():
     for flags, said in (("--data none.jsonl", "none."), ("--data cut.jsonl.gz", "cut."),
                         ("--data void", "void: no rows"), ("--model void", "void: ")):
         assert said in refused(RUN + f"bad --overwrite {flags}")
-    with pytest.raises(llara.BadInput, match="--batch-size 8 is no multiple of 2 x 3 ranks"):
-        steps(world=3)
+    with pytest.raises(llara.BadInput, match="--batch-size 8 leaves some of 9 ranks without work"):
+        steps(world=9)
     with open("bad/log.jsonl", "a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         assert "another run" in launch([llara.__file__, *(RUN + "bad --overwrite").split()]).stderr
