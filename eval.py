@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
-from llara import BadInput, Lines, docstrings, make_prompts, pad, pool, pretrained, process_group, sequences
+from llara import (BadInput, Lines, check_links, docstrings, make_prompts, pad, pool, pretrained, process_group,
+                   sequences)
 
 # ---- read a collection ---------------------------------------------------------------------------------------------
 class Texts(Lines):
@@ -100,7 +101,8 @@ def encode(model, tokenizer, digest, texts, rows, prompt, max_length, path, rank
                model.dtype, model.device.type, torch.__version__, transformers.__version__)
     path = Path(f"{path}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.{rank}-of-{world}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file, tqdm(total=len(rows), unit="text", desc=texts.paths[0].stem, disable=rank > 0) as bar:
+    bar = tqdm(total=len(rows), unit="text", desc=texts.paths[0].stem, disable=rank > 0)
+    with open(path, "ab") as file, bar:
         size = d * dtype.itemsize                                                    # of an embedding, in bytes
         kept = len(rows) if file.tell() == len(rows) * size else file.tell() // (chunk * size) * chunk
         file.truncate(kept * size), bar.update(kept)  # half a chunk is made again, in the same batches
@@ -224,6 +226,7 @@ def main():
     with process_group("gloo"):  # only queries and their results travel, from CPU to CPU
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
         output = args.output or Path(args.model if os.path.isdir(args.model) else os.path.basename(args.model)) / "eval"
+        check_links(output)
         loaded, folders = load(args.model, getattr(torch, args.dtype), device), args.data or [output / "python"]
         if not args.data and dist.get_rank() == 0:
             python_collection(folders[0])

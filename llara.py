@@ -552,6 +552,12 @@ def finetune(model, item, args):
 
 STAGES = {"adapt": (Articles, Steps, adapt), "finetune": (Pairs, Groups, finetune)}
 
+def check_links(folder):
+    """BadInput if a symbolic link could lead what is written to this folder out of it."""
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise BadInput(f"{path} is a symbolic link, through which nothing is written: remove it")
+
 def prepare(args, out):
     """Claims the output folder, makes the default data and model, opens all: -> log file of rank 0, lines, language
     model, tokenizer."""
@@ -560,6 +566,7 @@ def prepare(args, out):
         if not (args.resume or args.overwrite) and out.exists() and any(out.iterdir()):
             raise BadInput(f"--output {out} is in use: --resume continues, --overwrite starts anew, or name another")
         out.mkdir(parents=True, exist_ok=True)
+        check_links(out)
         log = open(out / "log.jsonl", "a+", buffering=1)
         try:
             fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does

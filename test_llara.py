@@ -322,6 +322,8 @@ def test_refusals():
     with open("bad/log.jsonl", "a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         assert "another run" in launch([llara.__file__, *(RUN + "bad --overwrite").split()]).stderr
+    os.symlink("../rows.jsonl", "void/metrics.json")
+    assert "void/metrics.json is a symbolic link" in refused(RUN + "void --overwrite")
     before = sorted(Path(".").rglob("*"))
     assert "in use" in refused(RUN + ".") and sorted(Path(".").rglob("*")) == before
 
