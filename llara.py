@@ -742,7 +742,8 @@ def process_group(backend):
     except BadInput as e:
         sys.exit(f"{script}: {e}" if rank == 0 else 1)
     except (OSError, SafetensorError, dcp.api.CheckpointException) as e:
-        sys.exit(f"{script}: {str(e).strip().splitlines()[-1]}; no room or no right to write? What is saved is intact")
+        sys.exit(f"{script}: {str(e).strip().splitlines()[-1]}; a full disk, no right to write, or a "
+                 "checkpoint of another model? What is saved is intact")
     except (MemoryError, RuntimeError) as e:
         if "closed by peer" in str(e):
             sys.exit(1)  # another rank has ended, and says why
