@@ -62,7 +62,10 @@ def refused(flags):  # -> what main() says. For a str in SystemExit, Python prin
 def same_run(a, b, tolerance):  # step for step, and at the end; 0: bit for bit
     for key in log(b)[0].keys() - {"tokens/s", "padding", "GB"}:
         np.testing.assert_allclose([row[key] for row in log(a)], [row[key] for row in log(b)], rtol=tolerance)
-    same(load_file(f"{a}/model.safetensors"), load_file(f"{b}/model.safetensors"), atol=tolerance)
+    weights = (load_file(f"{run}/model.safetensors") for run in (a, b))
+    weights = (torch.cat([w.flatten() for _, w in sorted(by_name.items())]) for by_name in weights)
+    # In the mean: AdamW divides by the size of the gradient, so where that is nearly 0 its rounding shows in full.
+    assert torch.sub(*weights).abs().mean() <= tolerance / 10
 
 def steps(data="rows.jsonl", flags="", **ranks):
     adapt = "--max-length 140 --batch-size 8 " if "--stage" not in flags else ""
