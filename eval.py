@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
-from llara import (BadInput, Lines, check_links, docstrings, make_prompts, pad, pool, pretrained, process_group,
+from llara import (BadInput, Lines, check_links, docstrings, embed, make_prompts, pad, pretrained, process_group,
                    sequences)
 
 # ---- read a collection ---------------------------------------------------------------------------------------------
@@ -113,8 +113,7 @@ def encode(model, tokenizer, digest, texts, rows, prompt, max_length, path, rank
             while len(order):
                 some, order = np.split(order, [max(1, budget // len(ids[order[0]]))])  # (B,), the rest
                 batch, lengths = pad([ids[i] for i in some]), torch.tensor([len(ids[i]) for i in some])  # (B, L), (B,)
-                hidden = model.base_model(input_ids=batch.to(model.device), use_cache=False).last_hidden_state
-                out[some] = pool(hidden, lengths.to(model.device)).to("cpu", dtype)  # (B, d)
+                out[some] = embed(model, batch.to(model.device), lengths.to(model.device)).to("cpu", dtype)  # (B, d)
                 bar.update(len(some))
             if not out.isfinite().all():
                 raise FloatingPointError(f"embeddings overflow in {model.dtype}: take --dtype bfloat16 or float32")
@@ -152,7 +151,7 @@ def search(queries, passages, keys, k, chunk=512, rank=0):
             some = (scores.amax(1, keepdim=True) >= floor).nonzero()[:, 0]           # (r,) queries with any above
             row, column = (scores[some] >= floor[some]).nonzero().T                  # (h,) few, once the floor is high
             row = some[row]                                                          # (h,) of the query
-            more = row.bincount(minlength=len(count))                               # (b,)
+            more = row.bincount(minlength=len(count))                                # (b,)
             place = count[row] + torch.arange(len(row), device=device) - (more.cumsum(0) - more)[row]  # (h,)
             found[b][row, place] = pack(scores[row, column], key[column])
             if (used := int(count.add_(more).max())) > 2 * k:  # else there is room for another chunk

@@ -289,9 +289,11 @@ def last8(hidden, ends):
     columns = ends[:, None] + torch.arange(-8, 0, device=ends.device)                # (B, 8)
     return hidden[torch.arange(len(ends), device=ends.device)[:, None], columns]     # (B, 8, d)
 
-def pool(hidden, ends):
-    """The embedding: mean over the eight states, L2-normalised, in float32: (B, L, d), (B,) -> (B, d)."""
-    return F.normalize(last8(hidden, ends).float().mean(1), dim=-1)
+def embed(lm, input_ids, lengths):
+    """Sequences prefix + text + prompt, right-padded: (B, L) ids, (B,) lengths -> (B, d) float32 unit rows, means of the
+    eight last states. No mask: causality hides the pads, and the fast attention kernels run."""
+    hidden = lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state   # (B, L, d), after the last norm
+    return F.normalize(last8(hidden, lengths).float().mean(1), dim=-1)               # (B, d)
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -361,9 +363,8 @@ class Llara(nn.Module):
         return torch.stack([ar, ebae, ebar]) / batch["counts"].clamp(min=1)
 
     def embed(self, input_ids, lengths):
-        """Sequences prefix + text + prompt, right-padded: (B, L) ids, (B,) lengths -> (B, d) float32 unit rows. No
-        mask: causality hides the pads, and the fast attention kernels run."""
-        return pool(self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state, lengths)
+        """`embed` as a method, which FSDP can gather the weights for: (B, L), (B,) -> (B, d)."""
+        return embed(self.lm, input_ids, lengths)
 
 def pretrained(kind, name, dtype=torch.float32):
     """A HF model of the class `kind` and its tokenizer, by hub name or folder; no code from there is run. sdpa: eager
@@ -462,9 +463,8 @@ def encode(model, tokenizer, texts, prompt="self", max_length=512, batch_size=32
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # like lengths together: little padding
     out = np.empty((len(ids), model.config.hidden_size), np.float32)
     for rows in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-        batch, lengths = pad([ids[r] for r in rows]), torch.tensor([len(ids[r]) for r in rows])          # (b, L), (b,)
-        hidden = model.base_model(input_ids=batch.to(model.device), use_cache=False).last_hidden_state  # (b, L, d)
-        out[rows] = pool(hidden, lengths.to(model.device)).cpu()                                         # (b, d)
+        batch, lengths = pad([ids[r] for r in rows]), torch.tensor([len(ids[r]) for r in rows])  # (b, L), (b,)
+        out[rows] = embed(model, batch.to(model.device), lengths.to(model.device)).cpu()         # (b, d)
     return out
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -62,10 +62,10 @@ def refused(flags):  # -> what main() says. For a str in SystemExit, Python prin
 def same_run(a, b, tolerance):  # step for step, and at the end; 0: bit for bit
     for key in log(b)[0].keys() - {"tokens/s", "padding", "GB"}:
         np.testing.assert_allclose([row[key] for row in log(a)], [row[key] for row in log(b)], rtol=tolerance)
-    weights = (load_file(f"{run}/model.safetensors") for run in (a, b))
-    weights = (torch.cat([w.flatten() for _, w in sorted(by_name.items())]) for by_name in weights)
-    # In the mean: AdamW divides by the size of the gradient, so where that is nearly 0 its rounding shows in full.
-    assert torch.sub(*weights).abs().mean() <= tolerance / 10
+    a, b = load_file(f"{a}/model.safetensors"), load_file(f"{b}/model.safetensors")
+    apart = torch.cat([(a[name] - b[name]).abs().flatten() for name in a.keys() | b.keys()])
+    # AdamW divides by the size of the gradient: where that is nearly 0, for a weight in 10,000, rounding shows in full.
+    assert (apart > tolerance).float().mean() <= 1e-4 * (tolerance > 0) and apart.max() <= 20 * tolerance
 
 def steps(data="rows.jsonl", flags="", **ranks):
     adapt = "--max-length 140 --batch-size 8 " if "--stage" not in flags else ""
@@ -402,12 +402,13 @@ def test_resume_ranks_and_report(collection, monkeypatch, capsys):
     file = next((collection / "one").glob("corpus-*"))
     whole = file.read_bytes()
     os.truncate(file, 600 * 128 * 4 + 5)  # as after a kill: a chunk and a bit
-    calls, pool = [], evaluation.pool
-    monkeypatch.setattr(evaluation, "pool", lambda hidden, ends: calls.append(len(ends)) or pool(hidden, ends))
+    calls, embed = [], evaluation.embed
+    monkeypatch.setattr(evaluation, "embed", lambda lm, ids, n: calls.append(len(n)) or embed(lm, ids, n))
     evaluate(monkeypatch, *common, collection / "one")
     assert file.read_bytes() == whole and sum(calls) == 700 - 512
-    evaluate(monkeypatch, *common, collection / "one", "--passage-length", "100")  # another setting, another file
-    assert file.read_bytes() == whole and len(list((collection / "one").glob("corpus-*"))) == 2
+    evaluate(monkeypatch, *common, collection / "one", "--passage-length", "100", "--top-k", "50")
+    assert (collection / "one/run.trec").read_text().count("\n") == 30 * 50  # own ids go before the cut, not after
+    assert file.read_bytes() == whole and len(list((collection / "one").glob("corpus-*"))) == 2  # of another setting
 
 def test_encode_is_llara_encode(collection):
     loaded, texts = evaluation.load(collection / "model", torch.float32, "cpu"), evaluation.Texts(
