@@ -290,8 +290,8 @@ def last8(hidden, ends):
     return hidden[torch.arange(len(ends), device=ends.device)[:, None], columns]     # (B, 8, d)
 
 def embed(lm, input_ids, lengths):
-    """Sequences prefix + text + prompt, right-padded: (B, L) ids, (B,) lengths -> (B, d) float32 unit rows, means of the
-    eight last states. No mask: causality hides the pads, and the fast attention kernels run."""
+    """Sequences prefix + text + prompt, right-padded: (B, L) ids, (B,) lengths -> (B, d) float32 unit rows, the mean of
+    the eight states. No mask: causality hides the pads, and the fast attention kernels run."""
     hidden = lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state   # (B, L, d), after the last norm
     return F.normalize(last8(hidden, lengths).float().mean(1), dim=-1)               # (B, d)
 
