@@ -101,11 +101,10 @@ def encode(model, tokenizer, digest, texts, rows, prompt, max_length, path, rank
                model.dtype, model.device.type, torch.__version__, transformers.__version__)
     path = Path(f"{path}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.{rank}-of-{world}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=len(rows), unit="text", desc=texts.paths[0].stem, disable=rank > 0)
-    with open(path, "ab") as file, bar:
+    with open(path, "ab") as f, tqdm(total=len(rows), unit="text", desc=texts.paths[0].stem, disable=rank > 0) as bar:
         size = d * dtype.itemsize                                                    # of an embedding, in bytes
-        kept = len(rows) if file.tell() == len(rows) * size else file.tell() // (chunk * size) * chunk
-        file.truncate(kept * size), bar.update(kept)  # half a chunk is made again, in the same batches
+        kept = len(rows) if f.tell() == len(rows) * size else f.tell() // (chunk * size) * chunk
+        f.truncate(kept * size), bar.update(kept)  # half a chunk is made again, in the same batches
         # Chunks are the same for any number of ranks, and so are batches, embeddings and (chunk by chunk) scores.
         for some in chunks[math.ceil(kept / chunk):]:
             ids = sequences(tokenizer, [texts[texts.full[i]][1] for i in some], prompts, prompt.upper(), max_length)
@@ -117,7 +116,7 @@ def encode(model, tokenizer, digest, texts, rows, prompt, max_length, path, rank
                 bar.update(len(some))
             if not out.isfinite().all():
                 raise FloatingPointError(f"embeddings overflow in {model.dtype}: take --dtype bfloat16 or float32")
-            file.write(out.numpy().data)
+            f.write(out.numpy().data)
     return rows, np.memmap(path, str(dtype)[6:], "c", shape=(len(rows), d)) if len(rows) else np.empty((0, d), "f4")
 
 # ---- search --------------------------------------------------------------------------------------------------------
@@ -130,31 +129,34 @@ def unpack(packed):
     bits = packed >> 32
     return (bits ^ (bits < 0) * 0x7FFFFFFF).int().view(torch.float32), 2**32 - 1 - packed % 2**32
 
-def search(queries, passages, keys, k, chunk=512, rank=0):
+def search(queries, passages, keys, k, block=4096, rank=0):  # block: passages at a time, a multiple of 64
     """Exact top k by dot product in float32. queries (q, d): tensor, on the device to use; passages (n, d): array, read
     once; keys (n,): of equal scores the smaller key wins. -> packed (q, k), best first; -inf where there is none."""
     q, device = len(queries), queries.device
     none = int(pack(torch.tensor(-torch.inf), torch.tensor(2**32 - 1)))
-    found = torch.full((q, 2 * k + chunk), none, device=device)                      # (q, w) candidates, packed
+    found = torch.full((q, 2 * k + block), none, device=device)                      # (q, w) candidates, packed
     counts = torch.zeros(q, dtype=torch.int64, device=device)                        # (q,) how many
     floors = torch.full((q, 1), torch.finfo(torch.float32).min, device=device)       # (q, 1) the score to reach
-    buffer = torch.empty(min(q, 1024), chunk, device=device)  # always the same memory: fresh pages cost time
+    buffer = torch.empty(min(q, 1024), block, device=device)  # always the same memory: fresh pages cost time
     # Passages come sorted by length, which scores may depend on. In random order the floor rises soonest.
-    for start in tqdm(np.random.default_rng(0).permutation(range(0, len(passages), chunk)), "search", disable=rank > 0):
-        part = torch.from_numpy(passages[start:start + chunk]).to(device).float()    # (c, d)
-        key = torch.from_numpy(keys[start:start + chunk]).to(device)                 # (c,)
+    for start in tqdm(np.random.default_rng(0).permutation(range(0, len(passages), block)), "search", disable=rank > 0):
+        part, key = (torch.from_numpy(x[start:start + block]).to(device) for x in (passages, keys))  # (c, d), (c,)
         for b in (slice(i, min(q, i + 1024)) for i in range(0, q, 1024)):
-            count, floor = counts[b], floors[b]                                      # (b,), (b, 1)
-            scores = torch.mm(queries[b], part.T, out=buffer[:len(count), :len(key)])  # (b, c)
-            if len(key) >= k and not count.any():  # the first chunk: no more than its k best
+            count, floor, scores = counts[b], floors[b], buffer[:len(counts[b])]     # (b,), (b, 1), (b, block)
+            scores[:, len(key):] = -torch.inf
+            for p, out in zip(part.split(512), scores.split(512, 1)):  # one large product would not fit in the cache
+                torch.mm(queries[b], p.float().T, out=out[:, :len(p)])
+            if len(key) >= k and not count.any():  # the first block: no more than its k best
                 floor.clamp_(min=scores.topk(k).values[:, -1:])
-            some = (scores.amax(1, keepdim=True) >= floor).nonzero()[:, 0]           # (r,) queries with any above
-            row, column = (scores[some] >= floor[some]).nonzero().T                  # (h,) few, once the floor is high
-            row = some[row]                                                          # (h,) of the query
+            tiles = scores.view(len(count), -1, 64)                                  # (b, block / 64, 64)
+            row, tile = (tiles.amax(2) >= floor).nonzero().T                         # (t,) few, once the floor is high
+            some = tiles[row, tile]                                                  # (t, 64)
+            i, column = (some >= floor[row]).nonzero().T                             # (h,)
+            row, packed = row[i], pack(some[i, column], key[64 * tile[i] + column])  # (h,)
             more = row.bincount(minlength=len(count))                                # (b,)
             place = count[row] + torch.arange(len(row), device=device) - (more.cumsum(0) - more)[row]  # (h,)
-            found[b][row, place] = pack(scores[row, column], key[column])
-            if (used := int(count.add_(more).max())) > 2 * k:  # else there is room for another chunk
+            found[b][row, place] = packed
+            if (used := int(count.add_(more).max())) > 2 * k:  # else there is room for another block
                 found[b, :k] = found[b, :used].topk(k).values
                 found[b, k:] = none
                 floor.clamp_(min=unpack(found[b, k - 1:k])[0])
