@@ -39,6 +39,8 @@ from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, Llama
 
 class BadInput(Exception):
     """A mistake in what the user gave: main() shows it as one sentence, without a traceback."""
+    def __str__(self):
+        return super().__str__().split("BadInput: ")[-1].strip()  # less the traceback of a DataLoader's worker
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 SPECIAL = [f"<s{i}>" for i in range(1, 17)]
@@ -206,10 +208,7 @@ class Steps(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         places = (divmod(i, self.size) for i in range(step * self.args.batch_size, (step + 1) * self.args.batch_size))
-        try:
-            return self.prepare([(epoch, int(self.order(epoch)[i])) for epoch, i in places])
-        except BadInput as e:
-            return e  # raised in a worker, it would arrive as a traceback
+        return self.prepare([(epoch, int(self.order(epoch)[i])) for epoch, i in places])
 
     def examples(self, indices):
         """-> [("file:line", passage ids, EBAE target ids, EBAR target ids)]. One window cuts passage and targets, so
@@ -249,24 +248,21 @@ class Groups(Steps):
         return len(self.lines.full)
 
     def prepare(self, places):
-        args, queries, passages, known, positive, names = self.args, [], [], [], [], []
+        args, queries, own, hard, known, names = self.args, [], [], [], [], []
         for epoch, i in places:
             line = self.lines.full[i]
             query, positives, negatives = self.lines[line]
             draw = np.random.default_rng([args.seed, epoch, line])
-            positive.append(len(passages))
-            passages.append(positives[draw.integers(len(positives))])
+            own.append(positives[draw.integers(len(positives))])
             chosen = np.resize(draw.permutation(len(negatives)), (args.group_size - 1) * (len(negatives) > 0))
-            passages += [negatives[j] for j in chosen]
+            hard += [negatives[j] for j in chosen]
             queries.append(query), known.append(set(positives)), names.append(self.lines.place(line)[1])
-        excluded = torch.tensor([[p in own for p in passages] for own in known])     # (Q, P) true, so no negative
-        excluded[range(len(queries)), positive] = False
+        excluded = torch.tensor([[p in texts for p in own + hard] for texts in known]).fill_diagonal_(False)  # (Q, P)
         ids = (sequences(self.tokenizer, queries, self.prompts, "NEXT", args.query_length)
-               + sequences(self.tokenizer, passages, self.prompts, "SELF", args.passage_length))
+               + sequences(self.tokenizer, own + hard, self.prompts, "SELF", args.passage_length))
         lengths = torch.tensor([*map(len, ids)])                                     # (Q + P,)
         micros = [(rows, pad([ids[i] for i in rows]), lengths[rows]) for rows in self.cut(lengths)]
-        return {"micros": micros[self.rank::self.world], "excluded": excluded, "positive": torch.tensor(positive),
-                "lengths": lengths, "lines": names,
+        return {"micros": micros[self.rank::self.world], "excluded": excluded, "lengths": lengths, "lines": names,
                 "padding": 1 - lengths.sum().item() / sum(m[1].numel() for m in micros)}
 
     def yardstick(self, vocab_size):
@@ -331,12 +327,13 @@ def total_loss(losses, counts, ar_weight=1.0, bow_weight=0.1):
     ar, ebae, ebar = losses
     return ar_weight * ar + bow_weight * (ebae + ebar) / (counts[1:] > 0).sum().clamp(min=1)
 
-def contrastive_loss(queries, passages, positive, excluded, temperature=0.01):
+def contrastive_loss(queries, passages, excluded, temperature=0.01):
     """InfoNCE: the mean over queries of -log(exp(q.p+ / T) / sum_p exp(q.p / T)), p over all passages but the excluded.
-    queries (Q, d), passages (P, d): unit rows; positive (Q,): the column of each query's own passage; excluded (Q, P)
-    bool: no negative of this query. -> the loss; the share of queries with their own passage on top. Both ()."""
+    queries (Q, d), passages (P, d): unit rows, passage i is that of query i; excluded (Q, P) bool: true, so no negative
+    of this query. -> the loss; the share of queries with their own passage on top. Both ()."""
     scores = (queries @ passages.T / temperature).masked_fill(excluded, -torch.inf)  # (Q, P)
-    return F.cross_entropy(scores, positive), (scores.argmax(1) == positive).float().mean()
+    own = torch.arange(len(queries), device=queries.device)                          # (Q,)
+    return F.cross_entropy(scores, own), (scores.argmax(1) == own).float().mean()
 
 # ---- model -----------------------------------------------------------------------------------------------------------
 class Llara(nn.Module):
@@ -542,9 +539,9 @@ def finetune(model, item, args):
         for i, (rows, *_) in enumerate(item["micros"]):
             vectors[rows] = embed(i)
     dist.all_reduce(vectors)  # others' rows are 0 here
-    positive, excluded = item["positive"].to(device), item["excluded"].to(device)
+    excluded = item["excluded"].to(device)                                           # (Q, P)
     queries, passages = vectors.requires_grad_().split(excluded.shape)
-    loss, accuracy = contrastive_loss(queries, passages, positive, excluded, args.temperature)
+    loss, accuracy = contrastive_loss(queries, passages, excluded, args.temperature)
     loss.backward()
     for i, (rows, *_) in enumerate(item["micros"]):
         (embed(i) * vectors.grad[rows]).sum().mul(dist.get_world_size()).backward()  # FSDP will take the mean
@@ -603,41 +600,37 @@ def train(args):
     # as the input embeddings, which do none.
     weights = lm.base_model.num_parameters() - lm.get_input_embeddings().weight.numel() * (not adapting)
     peak = next((v for k, v in PEAK.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
-    n_all = lm.num_parameters()
     shard(model.train(), device)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=True)
-    start = load_checkpoint(model, optimizer, args) if args.resume else 0
-    if isinstance(first := steps[start], BadInput):
-        raise first
+    step = load_checkpoint(model, optimizer, args) if args.resume else 0
+    first = steps[step]
     if rank == 0:
-        print(f"model      {args.model or 'a small Llama from scratch (--model for another)'}: {n_all:,} parameters\n"
+        print(f"model      {args.model or 'from scratch (--model for another)'}: {lm.num_parameters():,} parameters\n"
               f"data       {len(lines.lengths):,} lines in {len(lines.paths)} files, {steps.size:,} examples\n"
               f"step       {args.batch_size} examples, ~{first['lengths'].sum():,} tokens, in micro-batches of "
               f"{args.micro_batch_size} on {world} x {device.type}\n"
               f"run        {args.steps} steps, {args.steps * args.batch_size / steps.size:.2f} epochs\n"
               f"yardstick  {steps.yardstick(config.vocab_size)}", flush=True)
         log.seek(0)
-        log.truncate(sum(map(len, log.readlines()[:start])))  # a line a step
+        log.truncate(sum(map(len, log.readlines()[:step])))  # a line a step
     signals, stop = (signal.SIGTERM, signal.SIGINT), []
     loader = torch.utils.data.DataLoader(
-        steps, None, sampler=range(start, args.steps), num_workers=args.workers,
+        steps, None, sampler=range(step, args.steps), num_workers=args.workers,
         multiprocessing_context="fork" if args.workers else None,  # the open files of the data are inherited
         worker_init_fn=lambda _: [signal.signal(s, signal.SIG_IGN) for s in signals])
     for number in signals:
         signal.signal(number, lambda *_: stop.append(1))
-    bar, then = tqdm(initial=start, total=args.steps, unit="step", disable=rank > 0), time.perf_counter()
+    bar, then = tqdm(initial=step, total=args.steps, unit="step", disable=rank > 0), time.perf_counter()
     try:
-        for step, item in enumerate(loader, start):
-            if isinstance(item, BadInput):
-                raise item
+        for item in loader:
             halt = torch.tensor(len(stop))
             dist.all_reduce(halt)  # one rank may have been told to stop, and another not
             if halt:
                 raise BadInput("stopped by a signal")
             torch.manual_seed(args.seed + step * world + rank)  # for models with dropout: the same after --resume
-            done, warmup = step / args.steps, max(args.warmup, 1 / args.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min((step + 1) / args.steps / warmup, (1 - done) / (1 - warmup + 1e-9))
+            warmup = max(args.warmup * args.steps, 1)
+            lr = args.lr * min((step + 1) / warmup, (args.steps - step) / (args.steps - warmup + 1e-9))
+            optimizer.param_groups[0]["lr"] = lr
             terms, suspects = stage(model, item, args)
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
             if not math.isfinite(sum(terms.values()) + norm):
@@ -646,7 +639,7 @@ def train(args):
             optimizer.step()
             optimizer.zero_grad()
             lengths, seconds = item["lengths"].numpy(), time.perf_counter() - then
-            row = {"step": step, **terms, "lr": group["lr"], "grad_norm": norm, "tokens/s": lengths.sum() / seconds,
+            row = {"step": step, **terms, "lr": lr, "grad_norm": norm, "tokens/s": lengths.sum() / seconds,
                    "padding": item["padding"], "GB": (torch.cuda.max_memory_allocated() / 2**30  # on CPU in KB:
                                                       or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)}
             if peak:
@@ -657,14 +650,16 @@ def train(args):
                 log.write(json.dumps(row) + "\n")
             bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "padding")), False)
             bar.update()
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                save_checkpoint(model, optimizer, args, step + 1)
+            step += 1
+            if step % args.save_every == 0 or step == args.steps:
+                save_checkpoint(model, optimizer, args, step)
     except BadInput as e:
         if step == 0:
             raise  # nothing to save: dcp would even make up a first update in the optimizer
         save_checkpoint(model, optimizer, args, step)
         raise BadInput(f"{e}; all before step {step} is saved, --resume continues") from None
-    bar.close()
+    finally:
+        bar.close()
     whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(model.lm, options=whole)
     if rank == 0:

@@ -188,21 +188,21 @@ def direct(item, lm, prompts, args):  # all embeddings in one graph
                            for i in range(len(ids))])
     n = args.batch_size
     scores = (vectors[:n] @ vectors[n:].T / args.temperature).masked_fill(item["excluded"], -math.inf)
-    return -scores.log_softmax(1)[range(n), item["positive"]].mean()
+    return -scores.log_softmax(1)[range(n), range(n)].mean()
 
 def test_contrastive():
     """The loss against the formula in plain Python; cached gradients against those of a single graph."""
     draw = torch.Generator().manual_seed(0)
     q, p = (F.normalize(torch.randn(n, 6, generator=draw), dim=1) for n in (3, 7))
-    positive, excluded = torch.tensor([0, 3, 5]), torch.zeros(3, 7, dtype=torch.bool)
-    excluded[1, 6] = excluded[0, 3] = True
+    excluded = torch.zeros(3, 7, dtype=torch.bool)
+    excluded[1, 6] = excluded[0, 1] = True
     expected, hits = 0, 0
-    for i, own in enumerate(positive.tolist()):
+    for i in range(3):
         scores = {j: sum(a * b for a, b in zip(q[i].tolist(), p[j].tolist())) / 0.05 for j in range(7)
                   if not excluded[i, j]}
-        expected += (math.log(sum(map(math.exp, scores.values()))) - scores[own]) / 3
-        hits += max(scores, key=scores.get) == own
-    loss, accuracy = llara.contrastive_loss(q, p, positive, excluded, 0.05)
+        expected += (math.log(sum(map(math.exp, scores.values()))) - scores[i]) / 3
+        hits += max(scores, key=scores.get) == i
+    loss, accuracy = llara.contrastive_loss(q, p, excluded, 0.05)
     assert loss.item() == pytest.approx(expected, rel=1e-5) and accuracy.item() == pytest.approx(hits / 3)
     groups, lm = steps("pairs.jsonl", TUNE), llara.load("model")[0]
     with mock.patch.object(llara, "dist", mock.Mock(**{"get_world_size.return_value": 1})):
@@ -225,12 +225,14 @@ def test_groups():
         passages = [known[str(ids[i])] for i in range(6, len(ids))]
         assert [ids[i] for i in range(6)] == llara.sequences(
             tokenizer, [r["query"] for r in row], groups.prompts, "NEXT", 50)
-        ends = [*item["positive"].tolist()[1:], len(passages)]
-        for q, (r, a, b) in enumerate(zip(row, item["positive"].tolist(), ends)):
-            assert passages[a] in r["pos"] and b - a == (3 if r["neg"] else 1)
-            assert set(passages[a + 1:b]) <= set(r["neg"]) and len(set(passages[a + 1:b])) == min(2, len(r["neg"]))
-            assert item["excluded"][q].tolist() == [j != a and text in r["pos"] for j, text in enumerate(passages)]
-        drawn.append({r["query"]: passages[a:b] for r, a, b in zip(row, item["positive"].tolist(), ends)})
+        drawn.append({})
+        for q, (r, own, excluded) in enumerate(zip(row, passages, item["excluded"].tolist())):
+            before = 6 + sum(2 for r in row[:q] if r["neg"])  # the passages of queries, then the hard negatives
+            hard = passages[before:before + 2 * bool(r["neg"])]
+            assert own in r["pos"] and set(hard) <= set(r["neg"]) and len(set(hard)) == min(2, len(r["neg"]))
+            assert excluded == [j != q and text in r["pos"] for j, text in enumerate(passages)]
+            drawn[-1][r["query"]] = [own, hard]
+        assert len(passages) == 6 + sum(2 for r in row if r["neg"])
     assert any(item["excluded"].any() for item in map(groups.__getitem__, range(4)))
     assert {**drawn[0], **drawn[1]} != {**drawn[2], **drawn[3]}
 
