@@ -54,6 +54,10 @@ def main(flags):  # in this process: a launch costs seconds
         llara.main()
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+def two_ranks(*command):
+    done = launch(["-m", "torch.distributed.run", "--nproc-per-node=2", *map(str, command)])
+    assert done.returncode == 0, done.stderr
+
 def refused(flags):  # -> what main() says. For a str in SystemExit, Python prints it and exits with code 1
     with pytest.raises(SystemExit, match="^llara.py: [^\n]*$") as exit:
         main(flags)
@@ -194,9 +198,8 @@ def test_contrastive():
     """The loss against the formula in plain Python; cached gradients against those of a single graph."""
     draw = torch.Generator().manual_seed(0)
     q, p = (F.normalize(torch.randn(n, 6, generator=draw), dim=1) for n in (3, 7))
-    excluded = torch.zeros(3, 7, dtype=torch.bool)
+    excluded, expected, hits = torch.zeros(3, 7, dtype=torch.bool), 0, 0
     excluded[1, 6] = excluded[0, 1] = True
-    expected, hits = 0, 0
     for i in range(3):
         scores = {j: sum(a * b for a, b in zip(q[i].tolist(), p[j].tolist())) / 0.05 for j in range(7)
                   if not excluded[i, j]}
@@ -239,9 +242,7 @@ def test_groups():
 def test_finetune():
     """Two ranks against one, other micro-batches too; a retriever that encode reads."""
     main(TUNE + "--output tuned --micro-batch-size 50")
-    done = launch(["-m", "torch.distributed.run", "--nproc-per-node=2", llara.__file__,
-                   *(TUNE + "--output tuned2 --micro-batch-size 5").split()])
-    assert done.returncode == 0, done.stderr
+    two_ranks(llara.__file__, *(TUNE + "--output tuned2 --micro-batch-size 5").split())
     same_run("tuned2", "tuned", 2e-5)
 
 def test_load():
@@ -283,9 +284,7 @@ def test_split_and_interrupted(monkeypatch):
             step == 5 and os.kill(os.getpid(), signal.SIGTERM), item(self, step))[1]):
         assert "all before step 5 is saved" in refused(RUN + "terminated")
     main("--resume --output terminated"), same_run("terminated", "unbroken", 0)
-    done = launch(["-m", "torch.distributed.run", "--nproc-per-node=2", llara.__file__,
-                   *(RUN + "ranks --resume --micro-batch-size 2").split()])
-    assert done.returncode == 0, done.stderr
+    two_ranks(llara.__file__, *(RUN + "ranks --resume --micro-batch-size 2").split())
     same_run("ranks", "unbroken", 2e-5)
 
 def test_not_finite():
@@ -371,11 +370,9 @@ def write_collection(folder, corpus, queries, qrels, split="test"):
     return folder
 
 @pytest.fixture(scope="module")
-def collection(tmp_path_factory):
-    """A tiny random model and a collection of 700 documents: two chunks."""
+def collection(tmp_path_factory):  # a tiny random model, and 700 documents: two chunks
     folder, r = tmp_path_factory.mktemp("eval"), random.Random(0)
-    words = "llama alpaca wool hat sun moon tree".split()
-    texts = [" ".join(r.choices(words, k=r.randint(0, 30))) for _ in range(700)]
+    texts = [" ".join(r.choices("llama alpaca wool hat sun moon tree".split(), k=r.randint(0, 30))) for _ in range(700)]
     llara.small_model(texts, folder / "model", vocab_size=400)
     corpus = [{"_id": f"d{i}", "title": "T" * (i % 2), "text": t} for i, t in enumerate(texts)]
     queries = [{"_id": f"d{i}", "text": "a hat of wool " + texts[i][:40]} for i in range(0, 40)]
@@ -397,12 +394,9 @@ def test_resume_ranks_and_report(collection, monkeypatch, capsys):
     assert len(lines) == 30 * 699 and all(q != d for q, _, d, *_ in lines)
     order = [(q, -np.float32(score)) for q, _, _, _, score, _ in lines]
     assert all(a[1] <= b[1] for a, b in zip(order, order[1:]) if a[0] == b[0])
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    two = [*map(str, [*two, evaluation.__file__, *common, collection / "two"])]
-    subprocess.run(two, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    two_ranks(evaluation.__file__, *common, collection / "two")
     assert (collection / "two/run.trec").read_bytes() == (collection / "one/run.trec").read_bytes()
-    file = next((collection / "one").glob("corpus-*"))
-    whole = file.read_bytes()
+    whole = (file := next((collection / "one").glob("corpus-*"))).read_bytes()
     os.truncate(file, 600 * 128 * 4 + 5)  # as after a kill: a chunk and a bit
     calls, embed = [], evaluation.embed
     monkeypatch.setattr(evaluation, "embed", lambda lm, ids, n: calls.append(len(n)) or embed(lm, ids, n))
@@ -421,34 +415,28 @@ def test_encode_is_llara_encode(collection):
 
 ROW, QUERY, JUDGED = {"_id": "d", "text": "t"}, {"_id": "q", "text": "t"}, "q\td\t1\n"
 
-@pytest.mark.parametrize("corpus, queries, qrels, sentence", [
-    ([ROW, ROW], [QUERY], JUDGED, "corpus.jsonl:2: the id 'd' is also that of"),
-    ([], [QUERY], JUDGED, "corpus.jsonl: no rows in there"),
-    ([ROW, "{"], [QUERY], JUDGED, "corpus.jsonl:2: not a row"),
-    ([ROW], [{"_id": "a b", "text": ""}], JUDGED, "queries.jsonl:1: not a row"),
-    ([ROW], [QUERY], "q\td\t1", "test.tsv:1: 'q\\td\\t1' should be a header"),
-    ([ROW], [QUERY], "q d 1\n", "test.tsv:2: 'q d 1' should be"),
-    ([ROW], [QUERY], "q\td\t1.5\n", "test.tsv:2: "),
-    ([ROW], [QUERY], "query-id\tcorpus-id\tscore", "holds no judgement")])
-def test_bad_input_is_a_sentence(collection, tmp_path, monkeypatch, corpus, queries, qrels, sentence):
+@pytest.mark.parametrize("sentence, args, corpus, queries, qrels", [
+    ("corpus.jsonl:2: the id 'd' is also that of", "", [ROW, ROW], [QUERY], JUDGED),
+    ("corpus.jsonl: no rows in there", "", [], [QUERY], JUDGED),
+    ("corpus.jsonl:2: not a row", "", [ROW, "{"], [QUERY], JUDGED),
+    ("queries.jsonl:1: not a row", "", [ROW], [{"_id": "a b", "text": ""}], JUDGED),
+    ("test.tsv:1: 'q\\td\\t1' should be a header", "", [ROW], [QUERY], "q\td\t1"),
+    ("test.tsv:2: 'q d 1' should be", "", [ROW], [QUERY], "q d 1\n"),
+    ("test.tsv:2: ", "", [ROW], [QUERY], "q\td\t1.5\n"),
+    ("holds no judgement", "", [ROW], [QUERY], "query-id\tcorpus-id\tscore"),
+    *((sentence, args, [ROW], [QUERY], JUDGED) for args, sentence in {
+        "--split dev": "dev.tsv: cannot be read", "--data nowhere": "nowhere/qrels/test.tsv: cannot be read",
+        "--model nowhere/at/all": "cannot be loaded", "--passage-length 9": "leaves no room",
+        "--top-k 0": "--top-k at least 1"}.items())])
+def test_bad_input_is_a_sentence(collection, tmp_path, monkeypatch, sentence, args, corpus, queries, qrels):
+    data = write_collection(tmp_path / "data", corpus, queries, qrels)
     with pytest.raises(SystemExit) as e:
-        data = write_collection(tmp_path / "data", corpus, queries, qrels)
-        evaluate(monkeypatch, "--model", collection / "model", "--data", data, "--output", tmp_path)
+        evaluate(monkeypatch, "--model", collection / "model", "--data", data, "--output", tmp_path, *args.split())
     assert str(e.value).startswith("eval.py: ") and sentence in str(e.value) and "\n" not in str(e.value)
-
-@pytest.mark.parametrize("args, sentence", [
-    (["--split", "dev"], "dev.tsv: cannot be read"), (["--data", "nowhere"], "nowhere/qrels/test.tsv: cannot be read"),
-    (["--model", "nowhere/at/all"], "cannot be loaded"), (["--passage-length", "9"], "leaves no room"),
-    (["--top-k", "0"], "--top-k at least 1")])
-def test_bad_arguments_are_a_sentence(collection, tmp_path, monkeypatch, args, sentence):
-    with pytest.raises(SystemExit, match=sentence):
-        paths = "--model", collection / "model", "--data", collection / "data", "--output", tmp_path
-        evaluate(monkeypatch, *paths, *args)
 
 def test_python_collection(tmp_path, monkeypatch):
     long = "It has a rest that is long enough to be worth a search, with more than fifteen words in all, so it is kept."
-    twice = [f'def {name}():\n  """Make f from a thing.\n\n  {long}"""\n' for name in "fg"]
-    (tmp_path / "m.py").write_text("".join(twice))
+    (tmp_path / "m.py").write_text("".join(f'def {f}():\n  """Make f from a thing.\n\n  {long}"""\n' for f in "fg"))
     monkeypatch.setattr(llara.sysconfig, "get_path", lambda _: str(tmp_path))
     evaluation.python_collection(tmp_path / "out")
     assert evaluation.Texts(tmp_path / "out/queries.jsonl")[0] == ("0", "Make from a thing.")
@@ -456,10 +444,7 @@ def test_python_collection(tmp_path, monkeypatch):
     assert evaluation.read_qrels(tmp_path / "out/qrels/test.tsv") == {"0": {"0": 1}}
 
 def test_model_without_special_tokens(collection, tmp_path):
-    model, tokenizer, _ = evaluation.load(collection / "model", torch.float32, "cpu")
-    text = tokenizer.backend_tokenizer.to_str().replace("<s16>", "<x16>")
-    for file in (collection / "model").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "tokenizer.json").write_text(text)
+    file = shutil.copytree(collection / "model", tmp_path / "other") / "tokenizer.json"
+    file.write_text(file.read_text().replace("<s16>", "<x16>"))
     with pytest.raises(llara.BadInput, match="not one token each"):
-        evaluation.load(tmp_path, torch.float32, "cpu")
+        evaluation.load(file.parent, torch.float32, "cpu")
