@@ -143,9 +143,9 @@ def search(queries, passages, keys, k, block=4096, rank=0):  # block: passages a
         part, key = (torch.from_numpy(x[start:start + block]).to(device) for x in (passages, keys))  # (c, d), (c,)
         for b in (slice(i, min(q, i + 1024)) for i in range(0, q, 1024)):
             count, floor, scores = counts[b], floors[b], buffer[:len(counts[b])]     # (b,), (b, 1), (b, block)
-            scores[:, len(key):] = -torch.inf
+            scores[:, len(key):] = -torch.inf  # the scores of a fuller block are still there
             for p, out in zip(part.split(512), scores.split(512, 1)):  # one large product would not fit in the cache
-                torch.mm(queries[b], p.float().T, out=out[:, :len(p)])
+                torch.mm(queries[b], p.float().T, out=out[:, :len(p)])               # (b, 512)
             if len(key) >= k and not count.any():  # the first block: no more than its k best
                 floor.clamp_(min=scores.topk(k).values[:, -1:])
             tiles = scores.view(len(count), -1, 64)                                  # (b, block / 64, 64)
