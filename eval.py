@@ -1,250 +1,595 @@
 # SPDX-License-Identifier: MIT
-"""Measures a LLaRA model by dot-product retrieval on collections in BEIR layout, with the numbers of trec_eval.
+"""Measures a LLaRA model by dot-product retrieval on collections in BEIR layout.
 
-    FOLDER/corpus.jsonl    {"_id", "title", "text"}  -> SELF prompt -> (n, d) on disk, a file per rank -.
-    FOLDER/queries.jsonl   {"_id", "text"}           -> NEXT prompt -> (q, d) -> exact top k by blocks <'
-    FOLDER/qrels/test.tsv  query-id, corpus-id, score                         -> nDCG, MRR, recall, MAP
+FOLDER/corpus.jsonl    {"_id", "title", "text"}       -> SELF prompt -> embeddings, by chunks -.
+FOLDER/queries.jsonl   {"_id", "text"}                -> NEXT prompt -> embeddings -> top k  <-'
+FOLDER/qrels/test.tsv  query-id, corpus-id, score     -> nDCG, MRR, recall, MAP of trec_eval
 
-    python eval.py                          # ./out on docstrings of the installed Python; --model out/base: untrained
-    torchrun --nproc-per-node 8 eval.py --model BAAI/LLARA-passage --dtype bfloat16 --data msmarco --split dev
+python eval.py                                        # ./out, on docstrings of Python's library
+python eval.py --model retriever --data scifact cranfield
+python eval.py --model out --query-prompt self --data scifact --split train --pairs pairs.jsonl
+torchrun --nproc-per-node 8 eval.py --model BAAI/LLARA-passage --data msmarco --split dev
 """
-import argparse, hashlib, json, math, os, re, sys
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from torch import Tensor
 from tqdm import tqdm
-from llara import (BadInput, Lines, check_links, docstrings, embed, make_prompts, pad, pretrained, process_group,
-                   sequences)
 
-# ---- read a collection ---------------------------------------------------------------------------------------------
-class Texts(Lines):
-    """corpus.jsonl or queries.jsonl: ids in memory, texts read when needed. BadInput names a bad line."""
-    def __init__(self, path):
-        super().__init__([path])
-        self.ids, self.empty, self.digest, first = [], [], hashlib.sha256(), {}
-        for line in self.full:
-            name, text = self[line]
-            if first.setdefault(name, line) != line:
-                raise BadInput(f"{self.place(line)[1]}: the id {name!r} is also that of {self.place(first[name])[1]}")
+from llara import (
+    BadInput,
+    Rows,
+    check_length,
+    check_text,
+    choose_dtype,
+    docstrings,
+    encode,
+    make_prompts,
+    pick_device,
+    process_group,
+    read_pretrained,
+)
+
+CHUNK = 4096  # passages that are encoded, and saved, together
+BLOCK = 7  # chunks that are searched together: large products are the fast ones
+QUERIES_AT_ONCE = 1024  # so that the scores of a block stay below 150 MB
+
+# ---- read a collection ---------------------------------------------------------------------------
+
+
+class Texts:
+    """corpus.jsonl or queries.jsonl. Ids are held in memory, texts are read when they are needed.
+
+    BadInput names the line that is malformed, or whose id is no id, or that repeats one.
+    """
+
+    def __init__(self, path: Path):
+        self.rows = Rows([path])
+        self.ids: list[str] = []
+        self.empty: list[str] = []  # "file:line" of texts that are empty
+        self.row_of: dict[str, int] = {}
+        digest = hashlib.sha256()
+        for i in range(len(self.rows)):
+            name, text = self.read(i)
+            if name in self.row_of:
+                first = self.rows.place(self.row_of[name])
+                raise BadInput(f"{self.rows.place(i)}: the id {name!r} is also that of {first}")
+            self.row_of[name] = i
             self.ids.append(name)
-            self.empty += [] if text else [self.place(line)[1]]
-            self.digest.update(f"{name}\n{text}\n".encode())
-        self.by_id = sorted(range(len(self.ids)), key=self.ids.__getitem__, reverse=True)  # trec_eval's order of ties
+            if not text:
+                self.empty.append(self.rows.place(i))
+            digest.update(f"{name}\n{text}\n".encode())
+        self.digest = digest.hexdigest()
 
-    def parse(self, row):  # -> id, title and text joined by one space
-        '{"_id": "..", "text": ".."[, "title": ".."]}'
-        name, text = str(row["_id"]), f'{row.get("title") or ""} {row["text"] + ""}'.strip()
+    def read(self, i: int) -> tuple[str, str]:
+        """-> the id of row i; its title and text, joined by a space."""
+        row, place = self.rows[i], self.rows.place(i)
+        if "_id" not in row or "text" not in row:
+            raise BadInput(f'{place}: needs "_id" and "text"; its keys are {sorted(row)[:5]}')
+        name = check_text(str(row["_id"]), '"_id"', place)
         if name.split() != [name]:
-            raise ValueError(f"the id {name!r} is empty or has white space, which no TREC run can hold")
-        (name + text).encode()  # a lone surrogate cannot be tokenised
-        return name, text
+            raise BadInput(
+                f"{place}: the id {name!r} is empty or has white space: no run can hold it"
+            )
+        title = check_text(row.get("title") or "", '"title"', place)
+        text = check_text(row["text"], '"text"', place)
+        return name, f"{title} {text}".strip()
 
-def read_qrels(path):
-    """-> {query: {document: grade}}. BadInput names file and line of what is neither header nor judgement."""
+    def text(self, i: int) -> str:
+        return self.read(i)[1]
+
+
+Qrels = dict[str, dict[str, int]]  # query: {document: grade}
+
+
+def read_qrels(path: Path) -> Qrels:
+    """qrels/SPLIT.tsv. BadInput names the line that is no judgement, and says what it is."""
+    if not path.exists():
+        splits = sorted(file.stem for file in path.parent.glob("*.tsv"))
+        raise BadInput(f"{path}: does not exist; the splits there are {splits}")
     try:
-        lines, qrels = path.read_text(encoding="utf-8").splitlines(), {}
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{path}: cannot be read ({e}); splits: {[p.stem for p in path.parent.glob('*.tsv')]}") from None
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: is not UTF-8 ({error})") from None
+    qrels: Qrels = {}
     for number, line in enumerate(lines, 1):
-        graded = re.fullmatch(r"(\S+)\t(\S+)\t(-?\d{1,9})\s*", line)
-        if line.count("\t") != 2 or bool(graded) == (number == 1):
-            what = "a header: query-id, corpus-id, score" if number == 1 else "query id, document id, whole number"
-            raise BadInput(f"{path}:{number}: {line[:60]!r} should be {what}, with tabs (not spaces) between")
-        if graded:
-            qrels.setdefault(graded[1], {})[graded[2]] = int(graded[3])
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        query, document, score = split_judgement(line, place)
+        is_number = re.fullmatch(r"-?\d{1,9}", score)
+        if number == 1:
+            if is_number:
+                raise BadInput(
+                    f"{place}: should be a header: query-id, corpus-id, score, with tabs"
+                )
+            continue
+        if not is_number:
+            raise BadInput(f"{place}: the score {score[:40]!r} is not a whole number")
+        grades = qrels.setdefault(query, {})
+        if grades.get(document, int(score)) != int(score):
+            raise BadInput(f"{place}: {query} and {document} are judged twice, with other grades")
+        grades[document] = int(score)
     if not qrels:
         raise BadInput(f"{path}: holds no judgement")
     return qrels
 
-def python_collection(folder):
-    """Writes a collection made of the docstrings in the installed Python's library. Query: the summary, less the
-    object's own name; the one relevant document: the rest. Left out: what is short, or repeats a line of another."""
-    seen, rows = set(), []
+
+def split_judgement(line: str, place: str) -> tuple[str, str, str]:
+    """The three fields of a line. BadInput says what the line is instead."""
+    fields = [field.strip() for field in line.split("\t")]
+    if len(fields) == 3 and all(field.split() == [field] for field in fields):
+        return fields[0], fields[1], fields[2]
+    if len(fields) == 3:
+        raise BadInput(f"{place}: an id is empty or has a space: {line[:60]!r}")
+    if len(line.split()) == 4:
+        raise BadInput(
+            f"{place}: four columns, as in a TREC file; write a header, and query id, document id, "
+            "score, with tabs"
+        )
+    raise BadInput(f"{place}: {line[:60]!r} is not query id, document id, score, with tabs between")
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Writes a file so that nobody ever sees half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_python_collection(folder: Path) -> None:
+    """A collection of the docstrings in Python's library, for want of a better one.
+
+    A query is the first sentence, without the object's own name; its one relevant document is the
+    rest. What is short, or repeats a line of another, is left out.
+    """
+    seen: set[str] = set()
+    corpus, queries, judgements = [], [], ["query-id\tcorpus-id\tscore"]
     for _, name, text in docstrings():
         summary, _, rest = text.partition("\n\n")
         query = " ".join(re.sub(rf"\b{name}\b(\(.*?\))?", " ", summary, flags=re.I | re.S).split())
-        lines = {query.lower(), *(line.strip() for line in rest.splitlines() if len(line) > 30)}
-        if name and len(query.split()) > 3 and len(rest.split()) > 15 and seen.isdisjoint(lines):
-            rows.append((query, " ".join(rest.split())))
+        lines = {query.lower()} | {line.strip() for line in rest.splitlines() if len(line) > 30}
+        is_long_enough = len(query.split()) > 3 and len(rest.split()) > 15
+        if name and is_long_enough and seen.isdisjoint(lines):
+            number = len(corpus)
+            corpus.append(json.dumps({"_id": f"d{number}", "text": " ".join(rest.split())}))
+            queries.append(json.dumps({"_id": f"q{number}", "text": query}))
+            judgements.append(f"q{number}\td{number}\t1")
         seen |= lines
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    for file, side in ("queries.jsonl", 0), ("corpus.jsonl", 1):
-        (folder / file).write_text("".join(json.dumps({"_id": i, "text": r[side]}) + "\n" for i, r in enumerate(rows)))
-    judged = ["query-id\tcorpus-id\tscore", *(f"{i}\t{i}\t1" for i in range(len(rows)))]
-    (folder / "qrels/test.tsv").write_text("\n".join(judged))
+    write_aside(folder / "corpus.jsonl", "\n".join(corpus))
+    write_aside(folder / "queries.jsonl", "\n".join(queries))
+    write_aside(folder / "qrels" / "test.tsv", "\n".join(judgements))
 
-# ---- encode --------------------------------------------------------------------------------------------------------
-def load(name, dtype, device):
-    """-> the body of a HF causal LM, its tokenizer, a digest of both. BadInput if it is no LLaRA model (head aside)."""
-    model, tokenizer = pretrained(transformers.AutoModel, name, dtype)
-    if max(map(max, make_prompts(tokenizer))) >= model.get_input_embeddings().num_embeddings:
-        raise BadInput(f"{name}: lacks embeddings of <s1>..<s16>")
-    digest = hashlib.sha256((model.config.to_json_string() + tokenizer.backend_tokenizer.to_str()).encode())
-    for key, weight in model.state_dict().items():  # all of it: two models may differ in the rows of <s1>..<s16> alone
-        digest.update(key.encode() + weight.contiguous().flatten().view(torch.uint8).numpy().data)
-    return model.to(device).eval(), tokenizer, digest.hexdigest()
 
-@torch.inference_mode()
-def encode(model, tokenizer, digest, texts, rows, prompt, max_length, path, rank=0, world=1, budget=4096, chunk=512):
-    """Embeds texts[rows] (of their chunks every world-th), streamed to a file `path`-.. of raw float32 or float16. Its
-    name tells all that shapes an embedding, `digest` stands for the model; whole chunks found there are kept. In
-    tokens: max_length of a text and its prompt, "self" or "next"; budget of a batch. -> indices (m,) of the texts in
-    the file, in order; the file as an array (m, d). FloatingPointError if an embedding is not finite."""
-    prompts = make_prompts(tokenizer)
-    rows = np.array(rows)[np.argsort(-texts.lengths[texts.full[rows]], kind="stable")]  # (n,) longest first, by bytes
-    chunks = [rows[i:i + chunk] for i in range(0, len(rows), chunk)][rank::world]
-    rows, d = np.concatenate([rows[:0], *chunks]), model.config.hidden_size          # (m,)
-    dtype = torch.float32 if model.dtype == torch.float32 else torch.float16
-    made_of = (digest, texts.digest.hexdigest(), hashlib.sha256(rows).hexdigest(), prompt, max_length, budget, chunk,
-               model.dtype, model.device.type, torch.__version__, transformers.__version__)
-    path = Path(f"{path}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]}.{rank}-of-{world}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as f, tqdm(total=len(rows), unit="text", desc=texts.paths[0].stem, disable=rank > 0) as bar:
-        size = d * dtype.itemsize                                                    # of an embedding, in bytes
-        kept = len(rows) if f.tell() == len(rows) * size else f.tell() // (chunk * size) * chunk
-        f.truncate(kept * size), bar.update(kept)  # half a chunk is made again, in the same batches
-        # Chunks are the same for any number of ranks, and so are batches, embeddings and (chunk by chunk) scores.
-        for some in chunks[math.ceil(kept / chunk):]:
-            ids = sequences(tokenizer, [texts[texts.full[i]][1] for i in some], prompts, prompt.upper(), max_length)
-            order, out = np.argsort([-len(i) for i in ids], kind="stable"), torch.empty(len(ids), d, dtype=dtype)
-            while len(order):
-                some, order = np.split(order, [max(1, budget // len(ids[order[0]]))])  # (B,), the rest
-                batch, lengths = pad([ids[i] for i in some]), torch.tensor([len(ids[i]) for i in some])  # (B, L), (B,)
-                out[some] = embed(model, batch.to(model.device), lengths.to(model.device)).to("cpu", dtype)  # (B, d)
-                bar.update(len(some))
-            if not out.isfinite().all():
-                raise FloatingPointError(f"embeddings overflow in {model.dtype}: take --dtype bfloat16 or float32")
-            f.write(out.numpy().data)
-    return rows, np.memmap(path, str(dtype)[6:], "c", shape=(len(rows), d)) if len(rows) else np.empty((0, d), "f4")
+# ---- encode --------------------------------------------------------------------------------------
 
-# ---- search --------------------------------------------------------------------------------------------------------
-def pack(scores, keys):
-    """float32 scores and keys (below 2^32) -> int64 that sort by score and, of equal scores, by smaller key first."""
-    bits = (scores + 0.0).view(torch.int32).long()  # sorts as the floats do, but negative ones; + 0.0: no -0.0
-    return (bits ^ (bits < 0) * 0x7FFFFFFF) * 2**32 + (2**32 - 1 - keys)
 
-def unpack(packed):
-    bits = packed >> 32
-    return (bits ^ (bits < 0) * 0x7FFFFFFF).int().view(torch.float32), 2**32 - 1 - packed % 2**32
+class Encoder(NamedTuple):
+    """A model, and all that decides what it makes of a text."""
 
-def search(queries, passages, keys, k, block=4096, rank=0):  # block: passages at a time, a multiple of 64
-    """Exact top k by dot product in float32. queries (q, d): tensor, on the device to use; passages (n, d): array, read
-    once; keys (n,): of equal scores the smaller key wins. -> packed (q, k), best first; -inf where there is none."""
-    q, device = len(queries), queries.device
-    none = int(pack(torch.tensor(-torch.inf), torch.tensor(2**32 - 1)))
-    found = torch.full((q, 2 * k + block), none, device=device)                      # (q, w) candidates, packed
-    counts = torch.zeros(q, dtype=torch.int64, device=device)                        # (q,) how many
-    floors = torch.full((q, 1), torch.finfo(torch.float32).min, device=device)       # (q, 1) the score to reach
-    buffer = torch.empty(min(q, 1024), block, device=device)  # always the same memory: fresh pages cost time
-    # Passages come sorted by length, which scores may depend on. In random order the floor rises soonest.
-    for start in tqdm(np.random.default_rng(0).permutation(range(0, len(passages), block)), "search", disable=rank > 0):
-        part, key = (torch.from_numpy(x[start:start + block]).to(device) for x in (passages, keys))  # (c, d), (c,)
-        for b in (slice(i, min(q, i + 1024)) for i in range(0, q, 1024)):
-            count, floor, scores = counts[b], floors[b], buffer[:len(counts[b])]     # (b,), (b, 1), (b, block)
-            scores[:, len(key):] = -torch.inf  # the scores of a fuller block are still there
-            for p, out in zip(part.split(512), scores.split(512, 1)):  # one large product would not fit in the cache
-                torch.mm(queries[b], p.float().T, out=out[:, :len(p)])               # (b, 512)
-            if len(key) >= k and not count.any():  # the first block: no more than its k best
-                floor.clamp_(min=scores.topk(k).values[:, -1:])
-            tiles = scores.view(len(count), -1, 64)                                  # (b, block / 64, 64)
-            row, tile = (tiles.amax(2) >= floor).nonzero().T                         # (t,) few, once the floor is high
-            some = tiles[row, tile]                                                  # (t, 64)
-            i, column = (some >= floor[row]).nonzero().T                             # (h,)
-            row, packed = row[i], pack(some[i, column], key[64 * tile[i] + column])  # (h,)
-            more = row.bincount(minlength=len(count))                                # (b,)
-            place = count[row] + torch.arange(len(row), device=device) - (more.cumsum(0) - more)[row]  # (h,)
-            found[b][row, place] = packed
-            if (used := int(count.add_(more).max())) > 2 * k:  # else there is room for another block
-                found[b, :k] = found[b, :used].topk(k).values
-                found[b, k:] = none
-                floor.clamp_(min=unpack(found[b, k - 1:k])[0])
-                count.clamp_(max=k)
-    return found[:, :2 * k].topk(k).values
+    model: torch.nn.Module
+    tokenizer: object
+    digest: str  # of the weights, the configuration and the tokenizer
+    batch_size: int
 
-# ---- metrics -------------------------------------------------------------------------------------------------------
-def measure(grades, scores):
-    """trec_eval's numbers for a query: {document: whole number}, {document: score} -> {metric: value}. Scores count as
-    float32, ties go by id, descending; a grade above 0 is relevant and is the gain; without results all is 0."""
-    ranked = sorted(scores, key=lambda name: (np.float32(scores[name]), name), reverse=True)
-    gains = [max(0, grades.get(name, 0)) for name in ranked]
-    ideal = sorted((grade for grade in grades.values() if grade > 0), reverse=True)
-    ranks, total = [rank for rank, gain in enumerate(gains, 1) if gain], max(1, len(ideal))
-    dcg, most = (sum(gain / math.log2(rank + 1) for rank, gain in enumerate(g[:10], 1)) for g in (gains, ideal))
-    return {"nDCG@10": dcg / (most or 1), "MRR@10": sum(1 / rank for rank in ranks[:1] if rank <= 10),
-            **{f"Recall@{k}": sum(rank <= k for rank in ranks) / total for k in (10, 100, 1000)},
-            "MAP@1000": sum(n / rank for n, rank in enumerate(ranks, 1) if rank <= 1000) / total}
+    def embed(self, texts: list[str], prompt: str, max_length: int) -> np.ndarray:
+        """(n, d) unit rows."""
+        return encode(self.model, self.tokenizer, texts, prompt, max_length, self.batch_size)
 
-def mean(table):  # {name: {metric: value}}
-    return {metric: sum(row[metric] for row in table.values()) / len(table) for metric in next(iter(table.values()))}
 
-# ---- main ----------------------------------------------------------------------------------------------------------
-def evaluate(args, folder, output, loaded):
-    """Encodes, searches and scores one collection; rank 0 writes output/run.trec. -> its part of metrics.json."""
-    rank, world, qrels = dist.get_rank(), dist.get_world_size(), read_qrels(folder / "qrels" / f"{args.split}.tsv")
-    queries, corpus = (Texts(folder / file) for file in ("queries.jsonl", "corpus.jsonl"))
-    odd = {"judged queries are not in queries.jsonl: they score 0": qrels.keys() - queries.ids,
-           "judged documents are not in corpus.jsonl: never found": set().union(*qrels.values()).difference(corpus.ids),
-           "texts are empty: searched as they are": queries.empty + corpus.empty}
-    notes = [f"{folder}: {len(v)} {what} ({', '.join(sorted(v)[:3])} ..)" for what, v in odd.items() if v]
-    print(*(note + "\n" for note in notes if rank == 0), sep="", end="", flush=True)
+def load_encoder(args, device: torch.device) -> Encoder:
+    """BadInput if --model is no LLaRA model."""
+    dtype = choose_dtype(args.dtype, device)
+    model, tokenizer = read_pretrained(transformers.AutoModel, args.model, dtype)
+    for flag, length in (("query", args.query_length), ("passage", args.passage_length)):
+        check_length(args.model, model.config, length, f"--{flag}-length")
+    try:
+        prompts = make_prompts(tokenizer)
+    except ValueError as error:
+        raise BadInput(f"{args.model}: {error}; adapt it with llara.py first") from None
+    shortest = len(prompts.prefix) + 1 + max(len(prompts.SELF), len(prompts.NEXT))
+    if min(args.query_length, args.passage_length) < shortest:
+        raise BadInput(f"--query-length and --passage-length: {shortest} tokens at least")
+    largest = max(prompts.SELF + prompts.NEXT)
+    if largest >= model.get_input_embeddings().num_embeddings:
+        raise BadInput(f"{args.model}: has no embeddings of the prompts' tokens: not a LLaRA model")
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    # All of the weights: two models can differ in the special tokens' rows alone.
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().data)
+    return Encoder(model.to(device).eval(), tokenizer, digest.hexdigest(), args.batch_size)
+
+
+def cut_into_chunks(texts: Texts, rows: np.ndarray) -> list[np.ndarray]:
+    """rows (n,) -> chunks of them, longest texts first, so that little is padded.
+
+    Chunks are the same for any number of ranks, and so are their embeddings, to the last bit.
+    """
+    order = np.argsort(-texts.rows.lengths[rows], kind="stable")  # (n,)
+    longest_first = rows[order]
+    return [longest_first[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+
+
+def chunk_file(encoder: Encoder, texts: Texts, chunk: np.ndarray, max_length: int, folder: Path):
+    """Where the embeddings of a chunk lie: the name tells all that shapes them."""
+    shaped_by = (
+        encoder.digest,
+        texts.digest,
+        chunk.tolist(),
+        max_length,
+        encoder.batch_size,
+        str(encoder.model.dtype),
+        encoder.model.device.type,
+        make_prompts(encoder.tokenizer),
+        torch.__version__,
+        transformers.__version__,
+    )
+    name = hashlib.sha256(repr(shaped_by).encode()).hexdigest()[:32]
+    return folder / f"embeddings-{name}.npy"
+
+
+def embed_chunk(
+    encoder: Encoder, texts: Texts, chunk: np.ndarray, max_length: int, path: Path
+) -> np.ndarray:
+    """(c, d): from `path` if an earlier, killed run left it there whole, else made and saved.
+
+    A file is only ever a saving of time. Another run may remove it or write it again at any moment:
+    it is written aside and renamed, and one that is missing or damaged is made anew.
+    """
+    shape = (len(chunk), encoder.model.config.hidden_size)
+    try:
+        embeddings = np.load(path, allow_pickle=False)
+        if embeddings.shape == shape and np.isfinite(embeddings).all():
+            return embeddings
+    except (OSError, ValueError, EOFError):
+        pass  # not there, or damaged
+    embeddings = encoder.embed([texts.text(i) for i in chunk], "self", max_length)
+    if encoder.model.dtype != torch.float32:
+        embeddings = embeddings.astype(np.float16)  # unit rows: within its range
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{dist.get_rank()}")
+    with open(aside, "wb") as file:
+        np.save(file, embeddings)
+    os.replace(aside, path)
+    return embeddings
+
+
+def embed_queries(encoder: Encoder, texts: Texts, rows: np.ndarray, prompt: str, max_length: int):
+    """(q, d) float32, on every rank: each embeds some chunks, and gets the others' by a sum."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    vectors = torch.zeros(len(rows), encoder.model.config.hidden_size)  # (q, d)
+    place = {int(row): i for i, row in enumerate(rows)}
+    for chunk in cut_into_chunks(texts, rows)[rank::world]:
+        places = [place[int(row)] for row in chunk]
+        chunk_vectors = encoder.embed([texts.text(i) for i in chunk], prompt, max_length)
+        vectors[places] = torch.from_numpy(chunk_vectors)
+    dist.all_reduce(vectors)
+    return vectors
+
+
+# ---- search --------------------------------------------------------------------------------------
+
+
+def search(
+    queries: Tensor, blocks: Iterable[tuple[np.ndarray, np.ndarray]], k: int
+) -> tuple[Tensor, Tensor]:
+    """The k passages of the highest dot product for each query, exactly.
+
+    queries (q, d) float32, on the device to use; blocks: (embeddings (n, d), names (n,) int64),
+    read once. -> scores (q, k), best first, and names (q, k); -inf and -1 where there are fewer.
+    ValueError if a block has 2^15 passages or more.
+    """
+    device = queries.device
+    best_scores = torch.full((len(queries), k), -torch.inf, device=device)  # (q, k)
+    best_names = torch.full((len(queries), k), -1, device=device)  # (q, k)
+    for embeddings, names in blocks:
+        if len(names) >= 2**15:
+            raise ValueError(f"a block of {len(names)} passages: its counts would not fit int16")
+        passages = torch.from_numpy(embeddings).to(device).float()  # (n, d)
+        block_names = torch.from_numpy(names).to(device)  # (n,)
+        for start in range(0, len(queries), QUERIES_AT_ONCE):
+            some = slice(start, start + QUERIES_AT_ONCE)
+            scores = queries[some] @ passages.T  # (b, n)
+            # Only what beats the k-th best so far can matter. After a few blocks these are few, and
+            # to look for the top few is much cheaper than for the top k.
+            kth_best = best_scores[some, -1:]  # (b, 1)
+            # (int16, as the sum of truth values in int64 takes four times as long.)
+            counts = (scores > kth_best).sum(dim=1, dtype=torch.int16)  # (b,)
+            n_candidates = int(counts.max())
+            if n_candidates == 0:
+                continue
+            new_scores, columns = scores.topk(min(n_candidates, k))  # (b, c)
+            all_scores = torch.cat([best_scores[some], new_scores], dim=1)  # (b, k + c)
+            all_names = torch.cat([best_names[some], block_names[columns]], dim=1)  # (b, k + c)
+            best_scores[some], order = all_scores.topk(k)  # (b, k)
+            best_names[some] = all_names.gather(1, order)
+    return best_scores, best_names
+
+
+def search_over_ranks(
+    queries: Tensor, blocks: Iterable[tuple[np.ndarray, np.ndarray]], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`search`, each rank in blocks of its own; every rank gets the best of all."""
+    scores, names = (result.cpu() for result in search(queries, blocks, k))  # (q, k)
+    world = dist.get_world_size()
+    scores_of_ranks = [torch.empty_like(scores) for _ in range(world)]
+    names_of_ranks = [torch.empty_like(names) for _ in range(world)]
+    dist.all_gather(scores_of_ranks, scores)
+    dist.all_gather(names_of_ranks, names)
+    best_scores, order = torch.cat(scores_of_ranks, dim=1).topk(k)  # (q, k)
+    best_names = torch.cat(names_of_ranks, dim=1).gather(1, order)  # (q, k)
+    return best_scores.numpy(), best_names.numpy()
+
+
+def corpus_blocks(
+    encoder: Encoder, corpus: Texts, max_length: int, folder: Path, files: list[Path]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The embeddings of this rank's chunks, BLOCK chunks at a time, with the rows they are of.
+
+    `files` gets the names of the files that were used.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = cut_into_chunks(corpus, np.arange(len(corpus.ids)))[rank::world]
+    with tqdm(total=sum(map(len, mine)), unit="text", desc="corpus", disable=rank > 0) as bar:
+        for start in range(0, len(mine), BLOCK):
+            chunks = mine[start : start + BLOCK]
+            embeddings = []
+            for chunk in chunks:
+                path = chunk_file(encoder, corpus, chunk, max_length, folder)
+                files.append(path)
+                embeddings.append(embed_chunk(encoder, corpus, chunk, max_length, path))
+                bar.update(len(chunk))
+            yield np.concatenate(embeddings), np.concatenate(chunks)
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+
+
+def rank_documents(scores: dict[str, float]) -> list[str]:
+    """As trec_eval does: by the score as a float32, of equal scores the greater id first."""
+    return sorted(scores, key=lambda name: (np.float32(scores[name]), name), reverse=True)
+
+
+def discounted_gain(gains: list[int]) -> float:
+    """DCG@10 with linear gain: the sum of gain / log2(rank + 1)."""
+    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains[:10], 1))
+
+
+def measure(grades: dict[str, int], scores: dict[str, float]) -> dict[str, float]:
+    """trec_eval's numbers for one query. A grade above 0 is relevant; without results all are 0.
+
+    grades: {document: grade}, the judgements. scores: {document: score}, what was found.
+    """
+    gains = [max(0, grades.get(name, 0)) for name in rank_documents(scores)]
+    ideal_gains = sorted((grade for grade in grades.values() if grade > 0), reverse=True)
+    ranks = [rank for rank, gain in enumerate(gains, 1) if gain > 0]  # of relevant documents
+    n_relevant = max(1, len(ideal_gains))  # if there are none, all that follows is 0 anyway
+    ideal = discounted_gain(ideal_gains)
+    values = {
+        "nDCG@10": discounted_gain(gains) / ideal if ideal > 0 else 0.0,
+        "MRR@10": 1 / ranks[0] if ranks and ranks[0] <= 10 else 0.0,
+    }
+    for depth in (10, 100, 1000):
+        values[f"Recall@{depth}"] = sum(rank <= depth for rank in ranks) / n_relevant
+    # The precision at the rank of each relevant document; those not found add 0.
+    precisions = [found / rank for found, rank in enumerate(ranks, 1) if rank <= 1000]
+    values["MAP@1000"] = sum(precisions) / n_relevant
+    return values
+
+
+def mean(table: dict[str, dict[str, float]]) -> dict[str, float]:
+    """{name: {metric: value}} -> {metric: mean over the names}."""
+    first = next(iter(table.values()))
+    return {metric: sum(row[metric] for row in table.values()) / len(table) for metric in first}
+
+
+# ---- pairs to fine-tune on -----------------------------------------------------------------------
+
+Run = dict[str, dict[str, float]]  # query: {document: score}, best first
+
+
+def mine_pairs(args, queries: Texts, corpus: Texts, qrels: Qrels, run: Run) -> list[dict]:
+    """Rows {"query", "pos", "neg"}: the judged documents, and hard negatives out of the run.
+
+    A negative stands at one of the ranks --ranks, is not judged relevant, and its text is not that
+    of a positive. The very first ranks are left out, as unjudged answers are often among them.
+    """
+    first, last = args.ranks
+    rows = []
+    for number, (query, found) in enumerate(run.items()):
+        positives = [name for name, grade in qrels[query].items() if grade > 0]
+        pos = [corpus.text(corpus.row_of[name]) for name in positives if name in corpus.row_of]
+        pos = [text for text in pos if text]
+        if not pos:
+            continue
+        candidates = [name for name in list(found)[first - 1 : last] if name not in positives]
+        random = np.random.default_rng([args.seed, number])
+        neg: list[str] = []
+        for i in random.permutation(len(candidates)):
+            text = corpus.text(corpus.row_of[candidates[i]])
+            if len(neg) < args.negatives and text and text not in pos and text not in neg:
+                neg.append(text)
+        rows.append({"query": queries.text(queries.row_of[query]), "pos": pos, "neg": neg})
+    return rows
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+
+def find_oddities(args, folder: Path, queries: Texts, corpus: Texts, qrels: Qrels) -> list[str]:
+    """What a reader of the numbers should know about the collection."""
+    documents = {name for grades in qrels.values() for name in grades}
+    oddities = {
+        "judged queries are not in queries.jsonl: they score 0": qrels.keys()
+        - queries.row_of.keys(),
+        "judged documents are not in corpus.jsonl: never found": documents - corpus.row_of.keys(),
+        "texts are empty: searched as they are": set(queries.empty + corpus.empty),
+    }
+    if not args.skip_identical_ids:
+        what = "queries have the id of a document, and may find themselves: --skip-identical-ids?"
+        oddities[what] = qrels.keys() & queries.row_of.keys() & corpus.row_of.keys()
+    notes = []
+    for what, names in oddities.items():
+        if names:
+            notes.append(f"{folder}: {len(names)} {what} ({', '.join(sorted(names)[:3])} ..)")
+    return notes
+
+
+def retrieve(
+    args, encoder: Encoder, queries: Texts, corpus: Texts, qrels: Qrels, folder: Path
+) -> Run:
+    """The --top-k documents of each judged query."""
     asked = np.array([i for i, name in enumerate(queries.ids) if name in qrels], np.int64)  # (q,)
-    how = rank, world, 4096 if loaded[0].device.type == "cpu" else 16384
-    mine, part = encode(*loaded, queries, asked, args.query_prompt, args.query_length, output / "queries", *how)
-    embedded = torch.zeros(len(queries.ids), part.shape[1])                          # (all queries, d)
-    embedded[mine] = torch.from_numpy(part).float()
-    dist.all_reduce(embedded)
-    keys, k = np.argsort(corpus.by_id), args.top_k + args.skip_identical_ids         # (n,) places in trec_eval's order
-    mine, passages = encode(*loaded, corpus, range(len(keys)), "self", args.passage_length, output / "corpus", *how)
-    part = search(embedded[asked].to(loaded[0].device), passages, keys[mine], k, rank=rank).cpu()
-    dist.all_gather(parts := [torch.empty_like(part) for _ in range(world)], part)
-    scores, found = unpack(torch.cat(parts, 1).topk(k).values)                       # (q, k)
-    per_query = {name: measure(grades, {}) for name, grades in qrels.items()}
-    with open(output / "run.trec" if rank == 0 else os.devnull, "w", encoding="utf-8") as run:
-        for name, *row in zip((queries.ids[i] for i in asked), scores.tolist(), found.tolist()):
-            hits = [(corpus.ids[corpus.by_id[key]], score) for score, key in zip(*row) if score > -math.inf]
-            result = dict([hit for hit in hits if not args.skip_identical_ids or hit[0] != name][:args.top_k])
-            run.writelines(f"{name} Q0 {i} {n} {result[i]:.9g} llara\n" for n, i in enumerate(result, 1))
-            per_query[name] = measure(qrels[name], result)
-    return dict(documents=len(keys), queries=len(qrels), notes=notes, mean=mean(per_query), per_query=per_query)
+    if len(asked) == 0:
+        raise BadInput(f"{folder}: none of the judged queries is in queries.jsonl")
+    vectors = embed_queries(encoder, queries, asked, args.query_prompt, args.query_length)
+    files: list[Path] = []
+    blocks = corpus_blocks(encoder, corpus, args.passage_length, folder, files)
+    # One more, as a query's own document is dropped before the cut to k, and not after.
+    k = args.top_k + args.skip_identical_ids
+    scores, rows = search_over_ranks(vectors.to(encoder.model.device), blocks, k)
+    run: Run = {}
+    for i, query_scores, query_rows in zip(asked, scores, rows, strict=True):
+        query = queries.ids[i]
+        found = {}
+        for score, row in zip(query_scores.tolist(), query_rows.tolist(), strict=True):
+            if row >= 0 and not (args.skip_identical_ids and corpus.ids[row] == query):
+                found[corpus.ids[row]] = score
+        run[query] = {name: found[name] for name in rank_documents(found)[: args.top_k]}
+    if not args.keep_embeddings:
+        for path in files:
+            path.unlink(missing_ok=True)
+    return run
 
-def main():
-    parser = argparse.ArgumentParser(description="Measure a LLaRA model by dot-product retrieval.")
+
+def evaluate(args, encoder: Encoder, data: Path, folder: Path) -> dict:
+    """Searches and scores one collection. Rank 0 writes run.trec, metrics.json and the pairs."""
+    qrels = read_qrels(data / "qrels" / f"{args.split}.tsv")
+    queries = Texts(data / "queries.jsonl")
+    corpus = Texts(data / "corpus.jsonl")
+    notes = find_oddities(args, data, queries, corpus, qrels)
+    folder.mkdir(parents=True, exist_ok=True)
+    if dist.get_rank() == 0:
+        for note in notes:
+            print(note, flush=True)
+    run = retrieve(args, encoder, queries, corpus, qrels, folder)
+    per_query = {name: measure(grades, run.get(name, {})) for name, grades in qrels.items()}
+    result = {
+        "documents": len(corpus.ids),
+        "queries": len(qrels),
+        "notes": notes,
+        "mean": mean(per_query),
+        "settings": vars(args),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "per_query": per_query,
+    }
+    if dist.get_rank() > 0:
+        return result
+    lines = []
+    for query, found in run.items():
+        for rank, (name, score) in enumerate(found.items(), 1):
+            lines.append(f"{query} Q0 {name} {rank} {score:.9g} llara\n")
+    write_aside(folder / "run.trec", "".join(lines))
+    write_aside(folder / "metrics.json", json.dumps(result, indent=1, default=str))
+    if args.pairs:
+        rows = mine_pairs(args, queries, corpus, qrels, run)
+        write_aside(args.pairs, "".join(json.dumps(row) + "\n" for row in rows))
+        negatives = sum(len(row["neg"]) for row in rows) / max(1, len(rows))
+        print(f"{args.pairs}: {len(rows)} rows with {negatives:.1f} negatives each")
+    return result
+
+
+def print_table(results: dict[str, dict]) -> None:
+    average = mean({name: result["mean"] for name, result in results.items()})
+    print(f"{'':24}" + "".join(f"{name:>12}" for name in ("documents", "queries", *average)))
+    for name, result in results.items():
+        values = "".join(f"{value:12.4f}" for value in result["mean"].values())
+        print(f"{name:24}{result['documents']:12}{result['queries']:12}{values}")
+    if len(results) > 1:
+        print(f"{'average':48}" + "".join(f"{value:12.4f}" for value in average.values()))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Measures a LLaRA model by dot-product retrieval.", allow_abbrev=False
+    )
     add = parser.add_argument
-    add("--model", default="out", help="hub name or folder (default: out)")
-    add("--data", nargs="+", type=Path, help="folders in BEIR layout (default: one made of Python's docstrings)")
-    add("--split", default="test", help="which qrels (default: test)")
-    add("--output", type=Path, help="folder for metrics.json, run.trec and the embeddings (default: MODEL/eval)")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: float32")
-    add("--query-prompt", default="next", choices=["next", "self"], help="passages always take SELF (default: next)")
-    add("--query-length", type=int, default=64, help="in tokens, with the prompt (default: 64)")
-    add("--passage-length", type=int, default=160, help="in tokens, with the prompt (default: 160)")
-    add("--top-k", type=int, default=1000, help="documents a query (default: 1000)")
-    add("--skip-identical-ids", action="store_true", help="no query finds the document of its own id (ArguAna, Quora)")
-    args = parser.parse_args()
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing forks here
-    with process_group("gloo"):  # only queries and their results travel, from CPU to CPU
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
-        output = args.output or Path(args.model if os.path.isdir(args.model) else os.path.basename(args.model)) / "eval"
-        check_links(output)
-        loaded, folders = load(args.model, getattr(torch, args.dtype), device), args.data or [output / "python"]
+    add("--model", default="out", help="folder or hub name; default: out")
+    add("--data", nargs="+", type=Path, help="folders in BEIR layout; default: Python's docstrings")
+    add("--split", default="test", help="which qrels; default: test")
+    add("--output", type=Path, help="a folder; default: MODEL/eval. Results: OUTPUT/NAME-SPLIT/")
+    # What is embedded, and how.
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="CUDA: bfloat16, CPU: float32")
+    add("--query-prompt", choices=["next", "self"], default="next", help="not fine-tuned: self")
+    add("--query-length", type=int, default=64, help="tokens, with the prompt; default: 64")
+    add("--passage-length", type=int, default=160, help="tokens, with the prompt; default: 160")
+    add("--batch-size", type=int, default=32, help="texts at a time; default: 32")
+    add("--keep-embeddings", action="store_true", help="do not remove them at the end")
+    # What is searched.
+    add("--top-k", type=int, default=1000, help="documents a query; default: 1000")
+    add("--skip-identical-ids", action="store_true", help="for ArguAna and Quora")
+    # Pairs to fine-tune on.
+    add(
+        "--pairs", type=Path, help="write rows of query, positives and mined negatives to this file"
+    )
+    add("--negatives", type=int, default=8, help="of each query; default: 8")
+    add("--ranks", type=int, nargs=2, default=[10, 200], help="draw from these; default: 10 200")
+    add("--seed", type=int, default=0, help="of drawing negatives; default: 0")
+    return parser.parse_args()
+
+
+def check_arguments(args) -> None:
+    first, last = args.ranks
+    if not 1 <= first <= last:
+        raise BadInput(f"--ranks {first} {last}: two ranks, the first at least 1")
+    for flag in ("top_k", "batch_size", "query_length", "passage_length"):
+        if getattr(args, flag) < 1:
+            raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)}: 1 at least")
+    names = [data.resolve().name for data in args.data or ()]
+    if len(set(names)) < len(names):
+        raise BadInput("--data: two folders of one name: their results would overwrite each other")
+    if args.pairs and len(names) != 1:
+        raise BadInput("--pairs needs --data, one collection")
+    if args.pairs and args.pairs.exists():
+        raise BadInput(f"--pairs {args.pairs}: exists, and is not overwritten")
+
+
+def main() -> None:
+    args = parse_arguments()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked here
+    transformers.utils.logging.disable_progress_bar()
+    with process_group():
+        check_arguments(args)
+        model_folder = Path(args.model)
+        output = args.output or Path(
+            model_folder if model_folder.is_dir() else model_folder.name, "eval"
+        )
+        encoder = load_encoder(args, pick_device())
+        collections = args.data or [output / "python"]
         if not args.data and dist.get_rank() == 0:
-            python_collection(folders[0])
+            write_python_collection(collections[0])
         dist.barrier()
-        names = {folder.resolve().name: folder for folder in folders}
-        if len(names) < len(folders) or args.top_k < 1:
-            raise BadInput("--data needs folders of different names, --top-k at least 1")
-        results = {n: evaluate(args, f, output / n if len(names) > 1 else output, loaded) for n, f in names.items()}
+        results = {}
+        for data in collections:
+            name = f"{data.resolve().name}-{args.split}"
+            results[name] = evaluate(args, encoder, data, output / name)
         if dist.get_rank() == 0:
-            average = mean({n: r["mean"] for n, r in results.items()})
-            report = {"settings": vars(args), "average": average, "collections": results, "versions":
-                      {"python": sys.version, **{m.__name__: m.__version__ for m in (torch, transformers, np)}}}
-            (output / "metrics.json").write_text(json.dumps(report, indent=1, default=str))
-            print(f"{'':20}" + "".join(f"{name:>12}" for name in ("documents", "queries", *average)))
-            for name, r in (results | {"average": {"mean": average}} if len(names) > 1 else results).items():
-                print(f"{name:20}{r.get('documents', ''):>12}{r.get('queries', ''):>12}"
-                      + "".join(f"{value:12.4f}" for value in r["mean"].values()))
+            print_table(results)
+
 
 if __name__ == "__main__":
     main()

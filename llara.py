@@ -1,763 +1,1968 @@
 # SPDX-License-Identifier: MIT
-"""LLaRA in one file: a causal language model becomes a text encoder for dense retrieval (arXiv 2312.15503).
-A passage is followed by two prompts, in one sequence, and the model is run once:
+"""LLaRA in one file: a causal language model becomes a text encoder for dense retrieval.
 
-    " passage ", summarize the above passage within eight words: <s1>..<s8> ", predict the following ..: <s9>..<s16>
-    prefix    `------------------------ SELF ----------------------------'  `------------------ NEXT --------------'
+Paper: "Making Large Language Models A Better Foundation For Dense Retrieval", arXiv 2312.15503.
 
-    may look at ->   prefix+passage   SELF     NEXT       EBAE: the hidden states at <s1>..<s8> predict the set of
-    prefix+passage       causal                           tokens of the passage itself.
-    SELF                  yes        causal               EBAR: those at <s9>..<s16> predict the set of tokens of
-    NEXT                  yes          no     causal      the passage that follows it.
+The last hidden state of a language model is local: it knows which token comes next. Retrieval needs
+a state that is global: it must carry what a whole passage says. LLaRA asks for that directly, on
+plain text. After a passage come two prompts, in one sequence, and the model runs once:
 
-NEXT never sees SELF and its positions start where SELF's start, so one pass equals two. The embedding of a text is the
-mean of the last hidden states at its eight tokens, L2-normalised; passages use SELF, queries use NEXT. Two stages:
+    " passage ", summarize the above passage within eight words: <s1>..<s8> ", predict.. <s9>..<s16>
+    prefix   `---------------------- SELF prompt ----------------------'  `----- NEXT prompt -----'
 
-    python llara.py                                            # a tiny model on Python's own documentation, in minutes
-    torchrun llara.py --data wiki.jsonl                        # the same on your text
-    torchrun --nproc-per-node 8 llara.py --data wiki.jsonl --model meta-llama/Llama-2-7b-hf --gradient-checkpointing
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 llara.py ...  # on both nodes
-    torchrun llara.py --stage finetune --model out --data pairs.jsonl --output retriever  # then: contrastive learning
+    EBAE  the states at <s1>..<s8> must predict the set of words of the passage itself.
+    EBAR  the states at <s9>..<s16> must predict the set of words of the passage that follows it.
+
+    who sees whom:       prefix + passage    SELF       NEXT
+    prefix + passage         causal           -          -
+    SELF                      yes           causal       -
+    NEXT                      yes             no       causal
+
+The embedding of a text is the mean of the eight states, scaled to length 1. Passages take the SELF
+prompt, queries the NEXT prompt: what follows a passage stands to it as an answer to a question.
+Adaptation is followed by fine-tuning on pairs of query and passage; search is by dot product.
+
+    python llara.py                                           # a tiny model, Python's own docs
+    torchrun llara.py --data wiki.jsonl --model HuggingFaceTB/SmolLM2-135M --output out
+    torchrun llara.py --stage finetune --model out --data pairs.jsonl --output retriever
+    torchrun --nproc-per-node 8 llara.py --data wiki.jsonl --model meta-llama/Llama-2-7b-hf \
+        --gradient-checkpointing
+    python llara.py --explain "The llama is a camelid." --model out
 """
-import argparse, ast, contextlib, fcntl, functools, gzip, json, math, os, re, resource, shutil, signal, sys
-import sysconfig, tempfile, time
-from collections import namedtuple
+
+import argparse
+import ast
+import contextlib
+import datetime
+import functools
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import sys
+import sysconfig
+import time
+import unicodedata
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dcp_state
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from tokenizers import ByteLevelBPETokenizer
-from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from tqdm import tqdm
-from transformers import (AddedToken, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast, logging)
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
 
-class BadInput(Exception):
-    """A mistake in what the user gave: main() shows it as one sentence, without a traceback."""
-    def __str__(self):
-        return super().__str__().split("BadInput: ")[-1].strip()  # less the traceback of a DataLoader's worker
+# ==================================================================================================
+# THE METHOD. Shapes: B sequences, L tokens each, d wide states, V tokens in the vocabulary.
+# ==================================================================================================
 
-# ---- prompts ---------------------------------------------------------------------------------------------------------
-SPECIAL = [f"<s{i}>" for i in range(1, 17)]
-PREFIX = '"'
-SELF = '", summarize the above passage within eight words: ' + "".join(SPECIAL[:8])
-NEXT = '", predict the following passage within eight words: ' + "".join(SPECIAL[8:])
-Prompts = namedtuple("Prompts", "prefix SELF NEXT")  # lists of token ids; SELF and NEXT end with their eight tokens
-PLAIN = dict(add_special_tokens=False, split_special_tokens=True)  # "<s1>" in a text must not forge a prompt
+# ---- prompts -------------------------------------------------------------------------------------
 
-def make_prompts(tokenizer):
-    """The prompts in this tokenizer's ids: 2, 19 and 18 of them for Llama-2. BadInput if an <sN> is not one token."""
-    prompts = Prompts(tokenizer(PREFIX).input_ids, *tokenizer([SELF, NEXT], add_special_tokens=False).input_ids)
-    if prompts.SELF[-8:] + prompts.NEXT[-8:] != [tokenizer.get_vocab().get(token) for token in SPECIAL]:
-        raise BadInput("<s1>..<s16> are not one token each in this tokenizer; llara.load adds them to a causal LM")
-    return prompts
+# Each prompt ends with its special tokens: the states there become the embedding. Fewer tokens, or
+# the paper's one </s>, is a change of these two texts alone: the number is derived from them.
+SELF_PROMPT = '", summarize the above passage within eight words: <s1><s2><s3><s4><s5><s6><s7><s8>'
+NEXT_PROMPT = (
+    '", predict the following passage within eight words: <s9><s10><s11><s12><s13><s14><s15><s16>'
+)
 
-def sequences(tokenizer, texts, prompts, kind, max_length):
-    """Texts -> lists of ids: prefix, text, and prompt `kind`, "SELF" or "NEXT"; of at most max_length tokens in all."""
-    suffix = getattr(prompts, kind)
-    room = max_length - len(prompts.prefix) - len(suffix)
-    if room < 1:
-        raise BadInput(f"a length of {max_length} tokens leaves no room for text: the prompt takes {max_length - room}")
-    return [[*prompts.prefix, *ids, *suffix]
-            for ids in tokenizer(texts, **PLAIN, truncation=True, max_length=room).input_ids]
 
-# ---- data: lines -> passages -> examples -> steps --------------------------------------------------------------------
-# The English stop words of NLTK, as in the released code; those with an apostrophe cannot occur once [\W_]+ is gone.
-STOP_WORDS = frozenset("""i me my myself we our ours ourselves you your yours yourself yourselves he him his himself
-she her hers herself it its itself they them their theirs themselves what which who whom this that these those am is
-are was were be been being have has had having do does did doing a an the and but if or because as until while of at
-by for with about against between into through during before after above below to from up down in out on off over
-under again further then once here there when where why how all any both each few more most other some such no nor not
-only own same so than too very s t can will just don should now d ll m o re ve y ain aren couldn didn doesn hadn hasn
-haven isn ma mightn mustn needn shan shouldn wasn weren won wouldn""".split())
-SENTENCE_END = re.compile(r"""[.!?]["')\]]*\s+|[。！？]|\n""")
+class Prompts(NamedTuple):
+    """The ids of the tokens around a passage. SELF and NEXT end with the `pooled` special ones."""
 
-def content_words(text):
-    """A target text less [\\W_]+ and stop words (the released recipe's --remove_stop_words)."""
-    return " ".join(w for w in re.sub(r"[\W_]+", " ", text).split() if w.lower() not in STOP_WORDS)
+    prefix: list[int]
+    SELF: list[int]
+    NEXT: list[int]
+    pooled: int = 8
 
-def boundary(text, k, n):
-    """Where passage k of n begins: at the sentence end nearest to k/n of the text, else at a space, else just there."""
-    at, reach = len(text) * k // n, len(text) // (2 * n) * (0 < k < n)  # half a window: neighbours cannot cross
-    ends = [m.end() for m in SENTENCE_END.finditer(text, at - reach, at + reach)]
-    return min(ends, key=lambda end: abs(end - at)) if ends else text.find(" ", at, at + reach) + 1 or at
+    def around(self, text_ids: list[int], prompt: str, max_length: int) -> list[int]:
+        """The ids to embed a text: prefix, text, then the "self" or the "next" prompt.
 
-class Lines:
-    """Random access to the rows of .jsonl files by byte offset: ~30 bytes a line are held. A .gz has no random access:
-    it costs an unpacked copy, in an unnamed file in the folder `scratch`, for as long as the process lives."""
-    def __init__(self, paths, scratch=None):
-        self.paths = sum([sorted(p.glob("*.jsonl*")) if p.is_dir() else [p] for p in map(Path, paths)], [])
-        self.files, self.first, sizes = [], [0], [np.zeros(0, np.int32)]
-        for path in self.paths:
-            try:
-                self.files.append(open(path, "rb"))
-                if path.suffix == ".gz":
-                    packed, self.files[-1] = gzip.open(self.files[-1]), tempfile.TemporaryFile(dir=scratch)
-                    shutil.copyfileobj(packed, self.files[-1])
-                    self.files[-1].seek(0)
-                # One scan for newlines, no parsing. Of an empty line: minus its length.
-                sizes.append(np.fromiter((-len(x) if x.isspace() else len(x) for x in self.files[-1]), np.int32))
-            except (OSError, EOFError, gzip.zlib.error) as e:
-                raise BadInput(f"{path}: {e}") from None
-            self.first.append(self.first[-1] + len(sizes[-1]))  # line of the next file
-        self.lengths = np.concatenate(sizes)
-        self.starts = np.concatenate([abs(s).cumsum(dtype=np.int64) - abs(s) for s in sizes])
-        self.full = np.flatnonzero(self.lengths > 0)
-        if not len(self.full):
-            raise BadInput(f"{' '.join(map(str, paths))}: no rows in there")
+        The text is cut so that all of it has at most `max_length` tokens.
+        ValueError if the prompt is unknown, or if the length leaves no room for a text.
+        """
+        if prompt not in ("self", "next"):
+            raise ValueError(f'the prompt {prompt!r} is unknown: take "self" or "next"')
+        suffix = self.SELF if prompt == "self" else self.NEXT
+        room = max_length - len(self.prefix) - len(suffix)
+        if room < 1:
+            raise ValueError(
+                f"a length of {max_length} tokens leaves no room for text: the prompt takes "
+                f"{max_length - room}"
+            )
+        return [*self.prefix, *text_ids[:room], *suffix]
 
-    def place(self, i):  # -> the number of its file, "file:line"
-        file = np.searchsorted(self.first, i, side="right") - 1
-        return file, f"{self.paths[file]}:{i - self.first[file] + 1}"
 
-    def __getitem__(self, i):
-        """-> what parse() makes of line i. BadInput names the line if it is none of what parse() takes."""
-        file, name = self.place(i)
-        try:
-            return self.parse(json.loads(os.pread(self.files[file].fileno(), self.lengths[i], self.starts[i])))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            raise BadInput(f"{name}: not a row {self.parse.__doc__} ({type(e).__name__}: {e})") from None
+def make_prompts(
+    tokenizer,
+    self_prompt: str = SELF_PROMPT,
+    next_prompt: str = NEXT_PROMPT,
+    prefix: str = '"',
+) -> Prompts:
+    """The prompts in the ids of this tokenizer; for Llama-2: 2, 19 and 18 of them.
 
-class Articles(Lines):
-    """The text of adaptation, in one of two formats, the first row's. Whatever the format, it is read as examples."""
-    released = None
+    ValueError if a special token at the end of a prompt is not one token of this tokenizer.
+    """
+    special_token = r"<[^<>\s]+>"
 
-    def parse(self, row):
-        '{"text": ..[, "title": ..]} or else {"input": .., "output_summarize": .., "output_predict": ..} throughout'
-        self.released = "input" in row if self.released is None else self.released
-        texts = [row[k] for k in (("input", "output_summarize", "output_predict") if self.released else ("text",))]
-        "".join([row.get("title") or "", *texts]).encode()  # a lone surrogate fails here
-        if not texts[0].strip():
-            raise ValueError("an empty text")
-        return texts if self.released else ["\n".join(filter(None, [row.get("title"), *texts]))]
+    def prompt_ids(prompt):
+        words = re.sub(special_token, "", prompt)
+        # A special token must not be looked for in the words, nor be one that the words contain.
+        word_ids = tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
+        tokens = re.findall(special_token, prompt)
+        token_ids = tokenizer.convert_tokens_to_ids(tokens)
+        known = None not in token_ids and len(set(token_ids)) == len(tokens)
+        if not known or tokenizer.unk_token_id in token_ids:
+            raise ValueError(
+                f"{' '.join(tokens)} are not one token each in this tokenizer: llara.load adds them"
+            )
+        if not tokens or not prompt.endswith("".join(tokens)):
+            raise ValueError(f"{prompt!r} does not end with its special tokens")
+        return word_ids + token_ids, len(tokens)
 
-    def count(self, tokenizer, room):
-        """-> the number of examples, from the bytes of each line alone, so that nothing is tokenised before step 0: an
-        article of n windows of `room` tokens has n - 1 pairs of adjacent passages, a released row is one example. How
-        many bytes a token takes, 64 lines tell."""
-        some = [(self.lengths[i], self[i][0]) for i in self.full[::len(self.full) // 64 + 1]]
-        size = sum(length * len(text[:20000]) / len(text) for length, text in some)
-        tokens = sum(map(len, tokenizer([text[:20000] for _, text in some], **PLAIN).input_ids))
-        window = 0.9 * room * size / max(1, tokens)  # in bytes; 0.9: so that few passages are cut
-        counts = self.lengths > 0 if self.released else np.maximum(np.ceil(self.lengths / window) - 1, 0)
-        self.ends = counts.cumsum(dtype=np.int64)  # the examples up to and including each line
-        return int(self.ends[-1])
+    self_ids, self_pooled = prompt_ids(self_prompt)
+    next_ids, next_pooled = prompt_ids(next_prompt)
+    if self_pooled != next_pooled:
+        raise ValueError(f"SELF ends with {self_pooled} special tokens, NEXT with {next_pooled}")
+    prefix_ids = tokenizer(prefix, split_special_tokens=True).input_ids
+    quote_ids = tokenizer(prefix, add_special_tokens=False, split_special_tokens=True).input_ids
+    # Keep the BOS that this tokenizer puts first, if it does; an EOS that it appends would stand
+    # between the quote and the passage.
+    if prefix_ids[0] == tokenizer.bos_token_id:
+        quote_ids = [tokenizer.bos_token_id, *quote_ids]
+    return Prompts(quote_ids, self_ids, next_ids, self_pooled)
 
-    def example(self, i):
-        """-> "file:line", passage, the text of which EBAE predicts the tokens, and that of which EBAR does."""
-        line = np.searchsorted(self.ends, i, side="right")
-        (text, *targets), first = self[line], self.ends[line - 1] if line else 0
-        if not targets:
-            k, n = int(i - first), int(self.ends[line] - first) + 1
-            a, b, c = (boundary(text, j, n) for j in (k, k + 1, k + 2))
-            text, targets = text[a:b].strip(), [text[a:b].strip(), text[b:c].strip()]
-        return self.place(line)[1], text, *targets
 
-class Pairs(Lines):
-    """The rows of fine-tuning."""
-    def parse(self, row):
-        '{"query": .., "pos": [.., ..], "neg": [.., ..]}, all of them texts that are not empty, and at least one "pos"'
-        query, positives, negatives = row["query"], row["pos"] + [], row.get("neg", []) + []  # + []: lists, no strings
-        texts = [query, *positives, *negatives]
-        "".join(texts).encode()
-        if not (positives and all(text.strip() for text in texts)):
-            raise ValueError("an empty text")
-        return query, positives, negatives
+# ---- the joint sequence --------------------------------------------------------------------------
 
-def pad(rows, value=0):
-    """Lists of ids -> (B, L) tensor, padded on the right."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value)
 
-def collate(examples, prompts):
-    """Triples (passage ids, EBAE target ids, EBAR target ids) -> a batch: input_ids (B, L), joint sequences; lengths
-    (B,) of the passages; self_targets (B, U), next_targets (B, U'), padded with -100; counts (3,), by which the losses
-    are divided: passage tokens, rows with any EBAE target, rows with any EBAR target."""
-    passages, targets, following = zip(*examples)
-    return {"input_ids": pad([[*prompts.prefix, *p, *prompts.SELF, *prompts.NEXT] for p in passages]),
-            "lengths": torch.tensor([len(p) for p in passages]),
-            "self_targets": pad(targets, -100), "next_targets": pad(following, -100),
-            "counts": torch.tensor([sum(map(len, passages)), sum(map(bool, targets)), sum(map(bool, following))])}
+def joint_mask(self_start: Tensor, self_length: int, length: int) -> tuple[Tensor, Tensor]:
+    """Who may see whom in prefix + passage + SELF + NEXT, and where each token stands.
 
-class Steps(torch.utils.data.Dataset):
-    """Item i is what one rank needs for step i of adaptation, prepared in a worker, ahead of the device.
-    Its examples are a pure function of seed, epoch and step: a new permutation each epoch, cut into global batches.
-    Only *within* a global batch are they sorted by length and cut into micro-batches; the update does not depend on
-    that cut, so padding is saved at no cost in randomness. To sort, every rank tokenises the whole global batch (a
-    worker's time, not the device's), and so knows the counts of the global batch without asking the others."""
-    def __init__(self, lines, tokenizer, prompts, args, rank=0, world=1):
-        self.lines, self.tokenizer, self.prompts, self.args = lines, tokenizer, prompts, args
-        self.rank, self.world, self.size = rank, world, self.count()
-        if args.batch_size < world:
-            raise BadInput(f"--batch-size {args.batch_size} leaves some of {world} ranks without work")
+    self_start (B,): the column at which SELF begins. self_length: how many tokens it has.
+    length: L. -> mask (B, 1, L, L) bool, True where the row may see the column; positions (B, L).
 
-    def count(self):
-        self.special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self.room = self.args.max_length - sum(map(len, self.prompts))  # tokens of a passage
-        if self.room < 1:
-            raise BadInput(f"--max-length {self.args.max_length}: the prompts take {self.args.max_length - self.room}")
-        return self.lines.count(self.tokenizer, self.room)
+    So one pass gives what two would, one with SELF alone and one with NEXT alone. By induction over
+    the layers: the states of prefix and passage depend on nothing that comes after them; SELF comes
+    before NEXT and cannot see it; a NEXT token attends to the same keys at the same positions as it
+    would if SELF were not there; and norms and MLPs work on each token by itself.
+    Pads stand at the end, where causality hides them.
 
-    @functools.lru_cache(2)
-    def order(self, epoch):
-        return np.random.default_rng([self.args.seed, epoch]).permutation(self.size)
+    The price: with a mask of its own, attention cannot take the fast kernel for causal attention.
+    It is paid in adaptation only. `embed` has one prompt a sequence, and needs no mask.
+    """
+    column = torch.arange(length, device=self_start.device)  # (L,)
+    next_start = self_start + self_length  # (B,)
+    is_next = column >= next_start[:, None]  # (B, L)
+    is_self = (column >= self_start[:, None]) & ~is_next  # (B, L)
+    causal = column[:, None] >= column[None, :]  # (L, L)
+    next_sees_self = is_next[:, :, None] & is_self[:, None, :]  # (B, L, L)
+    mask = causal & ~next_sees_self  # (B, L, L)
+    positions = torch.where(
+        is_next, column - self_length, column
+    )  # (B, L): as if SELF were not there
+    return mask[:, None], positions
 
-    def __getitem__(self, step):
-        places = (divmod(i, self.size) for i in range(step * self.args.batch_size, (step + 1) * self.args.batch_size))
-        return self.prepare([(epoch, int(self.order(epoch)[i])) for epoch, i in places])
 
-    def examples(self, indices):
-        """-> [("file:line", passage ids, EBAE target ids, EBAR target ids)]. One window cuts passage and targets, so
-        that EBAE never asks for what the model did not see. Targets: unique, without stop words and special tokens."""
-        window = dict(truncation=True, max_length=self.room, return_offsets_mapping=True)
-        names, *columns = zip(*map(self.lines.example, indices))
-        cuts, bags = [self.tokenizer(texts, **PLAIN, **window) for texts in columns], []
-        for texts, cut in zip(columns[1:], cuts[1:]):
-            words = [content_words(text[:at[-1][1]] if at else "") for text, at in zip(texts, cut.offset_mapping)]
-            bags.append([sorted(set(ids) - self.special) for ids in self.tokenizer(words, **PLAIN).input_ids])
-        return list(zip(names, cuts[0].input_ids, *bags))
+def pad(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
+    """Lists of ids -> (B, L) int64, padded on the right, where causal attention never looks."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
-    def cut(self, lengths):  # (n,)
-        """-> the indices of sequences of these lengths, in micro-batches; as many of them for each rank."""
-        order = lengths.argsort(descending=True, stable=True)  # too large a micro-batch shows at once
-        return order.tensor_split(self.world * math.ceil(len(order) / (self.args.micro_batch_size * self.world)))
 
-    def prepare(self, places):
-        examples = self.examples([i for _, i in places])
-        lengths = torch.tensor([sum(map(len, self.prompts)) + len(e[1]) for e in examples])  # (B,)
-        parts = [[examples[i] for i in rows] for rows in self.cut(lengths)]
-        micros = [collate([e[1:] for e in part], self.prompts) for part in parts]
-        return {"micros": micros[self.rank::self.world], "counts": sum(m["counts"] for m in micros), "lengths": lengths,
-                "lines": [[e[0] for e in part] for part in parts],
-                "padding": 1 - lengths.sum().item() / sum(m["input_ids"].numel() for m in micros)}
+Example = tuple[
+    list[int], list[int], list[int]
+]  # ids: passage, its words, the following one's words
 
-    def yardstick(self, vocab_size):
-        """The losses of a model that knows nothing, and of one that knows word frequencies only."""
-        levels = unigram_levels(self.examples(self.order(0)[:2048]), vocab_size)
-        return "ln V {:.3f} knows nothing; unigram level AR {:.3f} EBAE {:.3f} EBAR {:.3f}".format(
-            math.log(vocab_size), *levels)
 
-class Groups(Steps):
-    """The same for fine-tuning: a query, one of its positives and --group-size - 1 of its negatives, drawn again each
-    epoch. Queries and passages alike are cut into micro-batches, for the gradient does not depend on the cut."""
-    def count(self):
-        return len(self.lines.full)
+def collate(examples: Sequence[Example], prompts: Prompts) -> dict[str, Tensor]:
+    """Examples -> the batch that `Llara.forward` takes.
 
-    def prepare(self, places):
-        args, queries, own, hard, known, names = self.args, [], [], [], [], []
-        for epoch, i in places:
-            line = self.lines.full[i]
-            query, positives, negatives = self.lines[line]
-            draw = np.random.default_rng([args.seed, epoch, line])
-            own.append(positives[draw.integers(len(positives))])
-            chosen = np.resize(draw.permutation(len(negatives)), (args.group_size - 1) * (len(negatives) > 0))
-            hard += [negatives[j] for j in chosen]
-            queries.append(query), known.append(set(positives)), names.append(self.lines.place(line)[1])
-        excluded = torch.tensor([[p in texts for p in own + hard] for texts in known]).fill_diagonal_(False)  # (Q, P)
-        ids = (sequences(self.tokenizer, queries, self.prompts, "NEXT", args.query_length)
-               + sequences(self.tokenizer, own + hard, self.prompts, "SELF", args.passage_length))
-        lengths = torch.tensor([*map(len, ids)])                                     # (Q + P,)
-        micros = [(rows, pad([ids[i] for i in rows]), lengths[rows]) for rows in self.cut(lengths)]
-        return {"micros": micros[self.rank::self.world], "excluded": excluded, "lengths": lengths, "lines": names,
-                "padding": 1 - lengths.sum().item() / sum(m[1].numel() for m in micros)}
+    input_ids (B, L): prefix + passage + SELF + NEXT. self_start (B,): the column of SELF.
+    self_columns, next_columns (B, 8): where the special tokens stand.
+    EBAE, EBAR (B, U): ids of the target words, padded with -100.
+    counts (3,): what each loss is a mean over: tokens of passages, rows with words, rows with
+    following words. ValueError if a pooled column does not hold its special token.
+    """
+    passages, words, following_words = zip(*examples, strict=True)
+    input_ids = pad(
+        [[*prompts.prefix, *p, *prompts.SELF, *prompts.NEXT] for p in passages]
+    )  # (B, L)
+    passage_lengths = torch.tensor([len(p) for p in passages])  # (B,)
+    self_start = len(prompts.prefix) + passage_lengths  # (B,)
+    from_the_end = torch.arange(-prompts.pooled, 0)  # (8,)
+    self_columns = self_start[:, None] + len(prompts.SELF) + from_the_end  # (B, 8)
+    next_columns = self_columns + len(prompts.NEXT)  # (B, 8)
+    for columns, prompt in ((self_columns, prompts.SELF), (next_columns, prompts.NEXT)):
+        if (input_ids.gather(1, columns) != torch.tensor(prompt[-prompts.pooled :])).any():
+            raise ValueError("a pooled column does not hold its special token")
+    counts = [
+        int(passage_lengths.sum()),
+        sum(len(row) > 0 for row in words),
+        sum(len(row) > 0 for row in following_words),
+    ]
+    return {
+        "input_ids": input_ids,
+        "self_start": self_start,
+        "self_columns": self_columns,
+        "next_columns": next_columns,
+        "EBAE": pad(words, -100),
+        "EBAR": pad(following_words, -100),
+        "counts": torch.tensor(counts),
+    }
 
-    def yardstick(self, vocab_size):
-        passages = self.args.batch_size * self.args.group_size
-        return f"ln {passages} = {math.log(passages):.3f} knows nothing: all passages of a batch are equally likely"
 
-# ---- the joint sequence and its mask ---------------------------------------------------------------------------------
-def joint_mask(start, n_self, length):
-    """Who may look at whom, and where each token stands. start (B,): the column where SELF begins; it is n_self long.
-    -> boolean mask (B, 1, L, L), True = may look; position_ids (B, L). Causal, but NEXT does not see SELF, and NEXT's
-    positions are those it would have without SELF (as the released code). Pads come last: causality hides them."""
-    column, start = torch.arange(length, device=start.device), start[:, None]        # (L,), (B, 1)
-    is_next = column >= start + n_self                                               # (B, L)
-    is_self = (column >= start) & ~is_next                                           # (B, L)
-    mask = (column[:, None] >= column) & ~(is_next[:, :, None] & is_self[:, None])   # (B, L, L)
-    return mask[:, None], column - n_self * is_next                                  # (B, 1, L, L), (B, L)
+# ---- losses --------------------------------------------------------------------------------------
 
-def last8(hidden, ends):
-    """The states of the eight tokens before column `ends` (B,): hidden (B, L, d) -> (B, 8, d)."""
-    columns = ends[:, None] + torch.arange(-8, 0, device=ends.device)                # (B, 8)
-    return hidden[torch.arange(len(ends), device=ends.device)[:, None], columns]     # (B, 8, d)
+# The pretext tasks and their weights: L = 1 AR + 0.05 EBAE + 0.05 EBAR, where the released code has
+# 0.1 times the mean of the two. AR keeps the model a language model. A pretrained model must not
+# forget what it knows, so the other two are light. The small model of the default has nothing to
+# forget, and only minutes to learn: its weights are 1, 0.5, 0.5 (SMALL_MODEL).
+PAPER_WEIGHTS = {"AR": 1.0, "EBAE": 0.05, "EBAR": 0.05}
+TASKS = tuple(PAPER_WEIGHTS)
 
-def embed(lm, input_ids, lengths):
-    """Sequences prefix + text + prompt, right-padded: (B, L) ids, (B,) lengths -> (B, d) float32 unit rows, the mean of
-    the eight states. No mask: causality hides the pads, and the fast attention kernels run."""
-    hidden = lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state   # (B, L, d), after the last norm
-    return F.normalize(last8(hidden, lengths).float().mean(1), dim=-1)               # (B, d)
 
-# ---- losses ----------------------------------------------------------------------------------------------------------
+def bag_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """EBAE and EBAR: the sum over rows of -mean_{v in U} log_softmax(max_8 z)[v].
+
+    logits z (B, 8, V): at the special tokens. targets U (B, U): ids without repetition, padded with
+    -100; a row without any adds nothing. -> scalar, in at least float32. Paper: section 3.2.
+
+    A bag, because retrieval asks which words are there, and not for their order. The maximum,
+    because then a word is named as soon as one of the eight states names it: they can share the
+    work, where a mean would ask every state for every word. In use the *states* are averaged: what
+    one of them holds is still in the mean, and two texts are compared by one dot product, not 64.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, 8, V)
+    log_probs = logits.amax(dim=1).log_softmax(dim=-1)  # (B, V)
+    is_target = targets >= 0  # (B, U)
+    target_log_probs = log_probs.gather(1, targets.clamp(min=0))  # (B, U)
+    row_sums = target_log_probs.masked_fill(~is_target, 0.0).sum(dim=1)  # (B,)
+    return -(row_sums / is_target.sum(dim=1).clamp(min=1)).sum()
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over N tokens of -log_softmax(hidden @ weight.T)[target]: hidden (N, d), weight (V, d), targets (N,) -> ().
-    The (N, V) logits never exist as a whole, and both gradients are made in the forward pass, while a chunk's logits
-    are at hand: d loss / d logits = softmax - onehot. Three matrix products; recomputing the logits would take four."""
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk=512):
-        total = torch.zeros((), device=hidden.device)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        for h, y, grad_h in zip(hidden.split(chunk), targets[:, None].split(chunk), grad_hidden.split(chunk)):
-            grad = F.log_softmax((h @ weight.T).float(), dim=-1)                     # (c, V) log-probabilities
-            total -= grad.gather(1, y).sum()
-            grad = grad.exp_().scatter_add_(1, y, grad.new_full(y.shape, -1)).to(h.dtype)  # (c, V) softmax - onehot
-            grad_h.copy_(grad @ weight)                                              # (c, d)
-            grad_weight += grad.T @ h                                                # (V, d)
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return total
+    """See `chunked_cross_entropy`."""
 
     @staticmethod
-    def backward(ctx, grad):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None
+    def forward(ctx, hidden, weight, targets, chunk):
+        hidden_needs_grad, weight_needs_grad = ctx.needs_input_grad[:2]
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=dtype, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if hidden_needs_grad else None  # (N, d)
+        d_weight = torch.zeros_like(weight, dtype=dtype) if weight_needs_grad else None  # (V, d)
+        for start in range(0, len(targets), chunk):
+            h = hidden[start : start + chunk]  # (c, d)
+            target = targets[start : start + chunk, None]  # (c, 1)
+            log_probs = F.log_softmax(h @ weight.T, dim=-1, dtype=dtype)  # (c, V)
+            loss -= log_probs.gather(1, target).sum()
+            if not (hidden_needs_grad or weight_needs_grad):
+                continue
+            probs = log_probs.exp_()  # (c, V), in the memory of log_probs
+            # d loss / d logits = softmax - onehot, again in the same memory.
+            d_logits = probs.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
+            d_logits = d_logits.to(h.dtype)  # (c, V)
+            if hidden_needs_grad:
+                d_hidden[start : start + chunk] = d_logits @ weight  # (c, d)
+            if weight_needs_grad:
+                d_weight += d_logits.T @ h  # (V, d)
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
+        return loss
 
-def bag_loss(logits, targets):
-    """Sum over rows of -mean_{v in U} log_softmax(max over the eight positions)[v], as the released code has it.
-    logits (B, 8, V); targets (B, U): a row's unique target ids, padded with -100; a row without any adds nothing."""
-    logp = logits.float().max(1).values.log_softmax(-1)                              # (B, V)
-    real = targets >= 0                                                              # (B, U)
-    picked = logp.gather(1, targets.clamp(min=0)) * real                             # (B, U)
-    return -(picked.sum(1) / real.sum(1).clamp(min=1)).sum()
+    @staticmethod
+    @once_differentiable  # a second derivative would silently be wrong: it is refused instead
+    def backward(ctx, d_loss):
+        d_hidden, d_weight = ctx.saved_tensors
+        d_hidden = None if d_hidden is None else d_hidden * d_loss
+        d_weight = None if d_weight is None else d_weight * d_loss
+        return d_hidden, d_weight, None, None
 
-def total_loss(losses, counts, ar_weight=1.0, bow_weight=0.1):
-    """L = L_AR + 0.1 mean(L_EBAE, L_EBAR), of these two only those with any target. losses, counts (3,) -> scalar."""
-    ar, ebae, ebar = losses
-    return ar_weight * ar + bow_weight * (ebae + ebar) / (counts[1:] > 0).sum().clamp(min=1)
 
-def contrastive_loss(queries, passages, excluded, temperature=0.01):
-    """InfoNCE: the mean over queries of -log(exp(q.p+ / T) / sum_p exp(q.p / T)), p over all passages but the excluded.
-    queries (Q, d), passages (P, d): unit rows, passage i is that of query i; excluded (Q, P) bool: true, so no negative
-    of this query. -> the loss; the share of queries with their own passage on top. Both ()."""
-    scores = (queries @ passages.T / temperature).masked_fill(excluded, -torch.inf)  # (Q, P)
-    own = torch.arange(len(queries), device=queries.device)                          # (Q,)
-    return F.cross_entropy(scores, own), (scores.argmax(1) == own).float().mean()
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512
+) -> Tensor:
+    """AR: the sum of -log_softmax(hidden @ weight.T)[target] over N tokens, in little memory.
 
-# ---- model -----------------------------------------------------------------------------------------------------------
+    hidden (N, d), weight (V, d), targets (N,) -> scalar, in at least float32.
+    ValueError if hidden and targets differ in length.
+
+    All logits, (N, V) in float32, are what fills the memory of the released code. Here they exist
+    `chunk` rows at a time, and the gradients are made while a chunk's logits are at hand: three
+    matrix products, where recomputing the logits in the backward pass would take four.
+    """
+    if len(hidden) != len(targets):
+        raise ValueError(f"{len(hidden)} states for {len(targets)} targets")
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)
+
+
+def total_loss(losses: Tensor, weights: Sequence[float] = tuple(PAPER_WEIGHTS.values())) -> Tensor:
+    """L = the weighted sum of AR, EBAE and EBAR. losses (3,) -> scalar."""
+    return (losses * torch.tensor(weights, dtype=losses.dtype, device=losses.device)).sum()
+
+
+def contrastive_loss(
+    queries: Tensor, passages: Tensor, excluded: Tensor, temperature: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE, the loss of fine-tuning: the mean over queries of -log softmax_p(q . p / T)[p+].
+
+    queries (Q, d), passages (P, d): unit rows; passage i is the positive of query i, all others are
+    negatives. excluded (Q, P) bool: True where a passage is no negative, as it answers the query.
+    -> the loss, and the share of queries that score their own passage highest, both scalars.
+    """
+    scores = queries @ passages.T / temperature  # (Q, P)
+    scores = scores.masked_fill(excluded, -torch.inf)
+    own_passage = torch.arange(len(queries), device=queries.device)  # (Q,)
+    loss = F.cross_entropy(scores, own_passage)
+    accuracy = (scores.argmax(dim=1) == own_passage).float().mean()
+    return loss, accuracy
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def final_states(model: nn.Module, **inputs) -> Tensor:
+    """(B, L, d): the hidden states after the last norm, without the logits where that is possible.
+
+    model: an AutoModel or AutoModelForCausalLM of transformers, also with LoRA by peft, also
+    compiled. The head is left out because logits of all tokens take more memory than all layers.
+    """
+    compiled = isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl
+    if compiled:  # to reach into it for its body would run that uncompiled
+        return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    if hasattr(
+        model, "get_base_model"
+    ):  # peft: the model of transformers, with the adapters inside
+        model = model.get_base_model()
+    return model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+def embed(model: nn.Module, input_ids: Tensor, lengths: Tensor, pooled: int = 8) -> Tensor:
+    """Embeds sequences prefix + text + prompt: the mean of the states at the special tokens.
+
+    input_ids (B, L), padded on the right; lengths (B,), without pads -> (B, d) float32 unit rows.
+    There is no mask: causality hides the pads, and the fast kernel for causal attention runs.
+    """
+    hidden = final_states(model, input_ids=input_ids)  # (B, L, d)
+    columns = lengths[:, None] + torch.arange(-pooled, 0, device=lengths.device)  # (B, 8)
+    states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d)
+    return F.normalize(states.float().mean(dim=1), dim=-1)  # (B, d)
+
+
+@torch.inference_mode()
+def encode(
+    model: nn.Module,
+    tokenizer,
+    texts: str | Sequence[str],
+    prompt: str = "self",
+    max_length: int | None = None,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Embeds texts: (n, d) float32 unit rows, in the order of the texts; one string -> (d,).
+
+    model: see `final_states`; of any dtype, on any device. prompt: "self" for passages, "next" for
+    queries. max_length: in tokens, with the prompt; by default 512, or the positions of the model
+    if these are fewer. The result does not depend on the batch, but for rounding.
+    ValueError: see `make_prompts` and `Prompts.around`; also if max_length is more than the model
+    has positions. FloatingPointError if an embedding is not finite.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if max_length is None:
+        max_length = min(512, positions)
+    if max_length > positions:
+        raise ValueError(f"a length of {max_length} tokens: the model has {positions} positions")
+    prompts = make_prompts(tokenizer)
+    if isinstance(texts, str):
+        return encode(model, tokenizer, [texts], prompt, max_length, batch_size)[0]
+    # A tokenizer's own truncation is state that two threads would share: we cut the ids instead.
+    # Special tokens in a text stay text: a row that says "<s1>" must not forge a prompt.
+    text_ids = []
+    if texts:
+        text_ids = tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True
+        ).input_ids
+    sequences = [prompts.around(ids, prompt, max_length) for ids in text_ids]
+    longest_first = sorted(
+        range(len(sequences)), key=lambda i: -len(sequences[i])
+    )  # little padding
+    device = model.get_input_embeddings().weight.device
+    embeddings = np.empty((len(sequences), model.config.hidden_size), np.float32)
+    was_training = model.training
+    model.train(False)
+    try:
+        for start in range(0, len(sequences), batch_size):
+            rows = longest_first[start : start + batch_size]
+            tensors = [torch.tensor(sequences[row]) for row in rows]
+            input_ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True)  # (b, L)
+            lengths = torch.tensor([len(tensor) for tensor in tensors])  # (b,)
+            vectors = embed(
+                model, input_ids.to(device), lengths.to(device), prompts.pooled
+            )  # (b, d)
+            embeddings[rows] = vectors.cpu().numpy()
+    finally:
+        model.train(was_training)
+    if not np.isfinite(embeddings).all():
+        raise FloatingPointError("an embedding is not finite: take bfloat16 or float32 weights")
+    return embeddings
+
+
 class Llara(nn.Module):
-    """A HF causal language model and its Prompts, with the pretext tasks on top. It adds no weights."""
-    def __init__(self, lm, prompts):
-        super().__init__()
-        self.lm, self.prompts = lm, prompts
+    """A causal language model with the pretext tasks on top. It adds no weights."""
 
-    def forward(self, batch):
-        """A batch of `collate` -> (3,) float32: L_AR, L_EBAE, L_EBAR, each a sum divided by batch["counts"].
-        With the counts of the global batch in each micro-batch, these add up to the global loss, however it is split.
-        The head is applied only where a loss needs it, and in here: FSDP gathers its weights for no one else."""
-        ids, n, head = batch["input_ids"], len(self.prompts.prefix), self.lm.get_output_embeddings()
-        start = n + batch["lengths"]                                                 # (B,) where SELF begins
-        end = start + len(self.prompts.SELF)                                         # (B,) where NEXT begins
-        mask, positions = joint_mask(start, len(self.prompts.SELF), ids.shape[1])
-        hidden = self.lm.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                                    use_cache=False).last_hidden_state               # (B, L, d), after the last norm
-        column = torch.arange(1, ids.shape[1], device=ids.device)                    # (L-1,) of the token to predict
-        passage = (column >= n) & (column < start[:, None])                          # (B, L-1)
-        ar = ChunkedCrossEntropy.apply(hidden[:, :-1][passage], head.weight, ids[:, 1:][passage])
-        ebae = bag_loss(head(last8(hidden, end)), batch["self_targets"])             # of (B, 8, V) logits
-        ebar = bag_loss(head(last8(hidden, end + len(self.prompts.NEXT))), batch["next_targets"])
+    def __init__(self, lm: nn.Module, prompts: Prompts):
+        super().__init__()
+        self.lm = lm
+        self.prompts = prompts
+
+    def forward(self, batch: dict[str, Tensor], tasks: Iterable[str] = TASKS) -> Tensor:
+        """A batch of `collate` -> (3,): AR, EBAE, EBAR; 0 for a task that is not in `tasks`.
+
+        Each is a sum over the batch, divided by batch["counts"]. If these are the counts of a
+        global batch, the losses of its micro-batches add up to it, however it was split.
+
+        The head is applied here and not by the caller, since FSDP gathers its weights for the
+        duration of forward; and only where a loss needs it, since logits are what costs memory.
+        """
+        input_ids = batch["input_ids"]  # (B, L)
+        self_start = batch["self_start"]  # (B,)
+        mask, positions = joint_mask(self_start, len(self.prompts.SELF), input_ids.shape[1])
+        hidden = final_states(
+            self.lm, input_ids=input_ids, attention_mask=mask, position_ids=positions
+        )  # (B, L, d)
+        head = self.lm.get_output_embeddings()
+        self_states = hidden.take_along_dim(batch["self_columns"][:, :, None], dim=1)  # (B, 8, d)
+        next_states = hidden.take_along_dim(batch["next_columns"][:, :, None], dim=1)  # (B, 8, d)
+
+        zero = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        ar = ebae = ebar = zero
+        if "AR" in tasks:
+            column = torch.arange(input_ids.shape[1], device=input_ids.device)  # (L,)
+            after_prefix = column >= len(self.prompts.prefix)  # (L,)
+            is_passage = after_prefix & (column < self_start[:, None])  # (B, L)
+            is_predicted = is_passage[:, 1:]  # (B, L-1): the state in column j predicts token j + 1
+            ar = chunked_cross_entropy(
+                hidden[:, :-1][is_predicted],  # (N, d)
+                head.weight,
+                input_ids[:, 1:][is_predicted],  # (N,)
+            )
+        if "EBAE" in tasks:
+            ebae = bag_loss(head(self_states), batch["EBAE"])  # of logits (B, 8, V)
+        if "EBAR" in tasks:
+            ebar = bag_loss(head(next_states), batch["EBAR"])
         return torch.stack([ar, ebae, ebar]) / batch["counts"].clamp(min=1)
 
-    def embed(self, input_ids, lengths):
-        """`embed` as a method, which FSDP can gather the weights for: (B, L), (B,) -> (B, d)."""
-        return embed(self.lm, input_ids, lengths)
+    def embed(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """`embed` as a method, for which FSDP can gather the weights: (B, L), (B,) -> (B, d)."""
+        return embed(self.lm, input_ids, lengths, self.prompts.pooled)
 
-def pretrained(kind, name, dtype=torch.float32):
-    """A HF model of the class `kind` and its tokenizer, by hub name or folder; no code from there is run. sdpa: eager
-    adds a boolean mask as 0/1, flash attention takes none. BadInput if it cannot be loaded or lacks anything."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, info = kind.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False,
-                                           output_loading_info=True)
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{name}: cannot be loaded by {kind.__name__}: {str(e).strip().splitlines()[0]}") from e
-    if info["missing_keys"] or not tokenizer.is_fast:
-        raise BadInput(f"{name}: lacks {sorted(info['missing_keys'])[:3] or 'a fast tokenizer (tokenizer.json)'}")
-    return model, tokenizer
+    def top_tokens(self, input_ids: Tensor, lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k tokens that the pooled states predict: (B, L), (B,) -> (B, k), (B, k).
 
-def load(name):
-    """A causal language model and its tokenizer, ready for `Llara`, with <s1>..<s16> in both. float32 whatever the file
-    holds: in bfloat16 a step of 1e-5 on a weight of 0.02 is rounded away. BadInput if it cannot be used."""
-    lm, tokenizer = pretrained(AutoModelForCausalLM, name)
-    new, old = [token for token in SPECIAL if token not in tokenizer.get_vocab()], len(tokenizer)
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
-    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:  # some models have spare rows
+        First by the maximum over the states, as trained; then by their mean, the embedding's own
+        direction.
+        """
+        hidden = final_states(self.lm, input_ids=input_ids)  # (B, L, d)
+        from_the_end = torch.arange(-self.prompts.pooled, 0, device=lengths.device)  # (8,)
+        columns = lengths[:, None] + from_the_end  # (B, 8)
+        states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d)
+        head = self.lm.get_output_embeddings()
+        by_max = head(states).amax(dim=1)  # (B, V)
+        by_mean = head(states.mean(dim=1))  # (B, V)
+        return by_max.topk(k).indices, by_mean.topk(k).indices
+
+
+@torch.inference_mode()
+def explain(model: Llara, tokenizer, texts: Sequence[str], k: int = 10, max_length: int = 512):
+    """What embeddings say: the k likeliest tokens of the SELF and of the NEXT states of each text.
+
+    -> a dictionary a text: {"SELF, max": [words], "SELF, mean": .., "NEXT, max": .., "NEXT, mean":
+    ..}; "max" as the losses have it, "mean" the direction of the embedding itself.
+    """
+    device = model.lm.get_input_embeddings().weight.device
+    text_ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
+    said = [{} for _ in texts]
+    for prompt in ("self", "next"):
+        sequences = [model.prompts.around(ids, prompt, max_length) for ids in text_ids]
+        lengths = torch.tensor([len(sequence) for sequence in sequences])  # (B,)
+        tops = model.top_tokens(pad(sequences).to(device), lengths.to(device), k)
+        for how, top in zip(("max", "mean"), tops, strict=True):
+            for row, ids in zip(said, top.tolist(), strict=True):
+                row[f"{prompt.upper()}, {how}"] = [tokenizer.decode([i]).strip() for i in ids]
+    return said
+
+
+# ==================================================================================================
+# THE METHOD ENDS HERE. What follows brings models and text to it, and runs it on many GPUs.
+# ==================================================================================================
+
+
+class BadInput(ValueError):
+    """A mistake in what the user gave. The command line shows its sentence, without a traceback."""
+
+    def __str__(self) -> str:
+        # A DataLoader raises an error of its workers again, with their traceback as its text.
+        return super().__str__().split("BadInput: ")[-1].strip()
+
+
+# ---- to load and to save a model -----------------------------------------------------------------
+
+
+def load(name: str | Path) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer, ready for `Llara`.
+
+    name: a folder or a hub name. Weights become float32, whatever the file holds: in bfloat16, a
+    step of 1e-5 on a weight of 0.02 is rounded away. The prompts' special tokens are added if need
+    be. BadInput if the model cannot be read, or cannot work.
+    """
+    lm, tokenizer = read_pretrained(AutoModelForCausalLM, name)
+    tokens = re.findall(r"<[^<>\s]+>", SELF_PROMPT + NEXT_PROMPT)
+    known = tokenizer.get_vocab()
+    new = [token for token in dict.fromkeys(tokens) if token not in known]
+    n_before = len(tokenizer)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], True)
+    embeddings = lm.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:  # some models have rows to spare
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    new_ids = tokenizer.convert_tokens_to_ids(new)
+    # New rows start from the mean of the old ones: a random row in the head stands apart and takes
+    # probability from real tokens.
     with torch.no_grad():
-        # New rows start from the mean of the old: a random one stands apart and takes probability from real tokens.
         for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
-            layer.weight[tokenizer.convert_tokens_to_ids(new)] = layer.weight[:old].mean(0)
-        # Is the joint pass right on this architecture? Of 4 + 4 + 4 tokens, as if a passage, SELF and NEXT:
-        ids, (mask, positions) = torch.arange(12)[None], joint_mask(torch.tensor([4]), 4, 12)
-        joint = lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 8:]
-        alone = lm.base_model(input_ids=torch.cat([ids[:, :4], ids[:, 8:]], 1), use_cache=False).last_hidden_state
-        if layer.bias is not None or not torch.allclose(joint, layer(alone[:, 4:]), rtol=1e-3, atol=1e-3):
-            raise BadInput(f"{name}: {type(lm).__name__} ignores mask or positions, or scales its logits; unsupported")
+            layer.weight[new_ids] = layer.weight[:n_before].mean(dim=0)
+    check_architecture(name, lm)
     return lm, tokenizer
 
-def small_model(texts, folder, vocab_size=2048):
-    """Writes a Llama of 2 layers with random weights and a byte-level BPE tokenizer trained on `texts` to a folder.
-    Embeddings are tied and of length ~1: a state near a word's embedding then predicts that word, which helps EBAE."""
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size, special_tokens=["</s>", *SPECIAL], show_progress=False)
-    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>").save_pretrained(folder)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=bpe.get_vocab_size(), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=2048, initializer_range=128 ** -0.5, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0)).save_pretrained(folder)
 
-def docstrings():
-    """The prose that every Python installation carries, in order: (module, object, docstring)."""
+def check_architecture(name: str | Path, lm: nn.Module) -> None:
+    """Is one pass equal to two on this model? BadInput with the reason if not.
+
+    What `joint_mask` promises holds if attention honours a mask and positions of our own, and if
+    nothing but attention looks at other tokens. So it is tried, on 4 + 4 + 4 tokens.
+    """
+    kind = type(lm).__name__
+    head = lm.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise BadInput(f"{name}: the head of {kind} is not a plain matrix (bias?): not supported")
+    ids = torch.arange(12)[None]  # (1, 12), as if a passage, SELF and NEXT had four tokens each
+    mask, positions = joint_mask(torch.tensor([4]), 4, 12)
+    without_self = torch.cat([ids[:, :4], ids[:, 8:]], dim=1)  # (1, 8)
+    close = functools.partial(torch.allclose, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        try:
+            joint = final_states(lm, input_ids=ids, attention_mask=mask, position_ids=positions)
+            alone = final_states(lm, input_ids=without_self)
+            cut = final_states(lm, input_ids=without_self[:, :6])
+            logits = lm(input_ids=without_self, use_cache=False).logits
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BadInput(
+                f"{name}: {kind} takes no mask and positions of ours: {reason}"
+            ) from error
+        if alone.shape[-1] != head.in_features:
+            raise BadInput(
+                f"{name}: {kind} has states of {alone.shape[-1]}, but its head takes "
+                f"{head.in_features} numbers: not supported"
+            )
+        if not alone.isfinite().all():
+            raise BadInput(f"{name}: its states are not finite: a damaged checkpoint")
+        if not close(alone[:, :6], cut):
+            raise BadInput(f"{name}: {kind} sees later tokens: an encoder, not a causal model")
+        if not close(joint[:, 8:], alone[:, 4:]):
+            raise BadInput(
+                f"{name}: {kind} ignores the mask or the positions (ALiBi, a recurrent state): "
+                "one pass would not equal two"
+            )
+        if not close(head(alone), logits):
+            raise BadInput(f"{name}: {kind} scales or caps its logits: not supported")
+
+
+def save(
+    lm: nn.Module,
+    tokenizer,
+    folder: str | Path,
+    card: str = "",
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes an ordinary folder of transformers; `card` becomes its README.md."""
+    # The file can hold a head of its own against its config: what counts is what the model has.
+    lm.config.tie_word_embeddings = (
+        lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    )
+    lm.save_pretrained(folder, state_dict=state_dict)
+    tokenizer.save_pretrained(folder)
+    Path(folder, "README.md").write_text(card, encoding="utf-8")
+    # Without this, sentence-transformers would pool the last token, and say nothing.
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "llara.Sentences"}]
+    Path(folder, "modules.json").write_text(json.dumps(modules))
+
+
+class Sentences(nn.Module):
+    """A saved model for sentence-transformers: SentenceTransformer(modules=[Sentences("out")]).
+
+    Then encode_document takes the SELF prompt and encode_query the NEXT prompt, as `encode` does.
+    """
+
+    def __init__(self, folder: str, max_length: int = 512):
+        super().__init__()
+        self.model, self.tokenizer = read_pretrained(AutoModel, folder)
+        self.prompts = make_prompts(self.tokenizer)
+        self.max_seq_length = min(max_length, self.model.config.max_position_embeddings)
+
+    @classmethod
+    def load(cls, folder: str, **kwargs) -> "Sentences":
+        return cls(folder)
+
+    def preprocess(self, inputs: list[str], prompt: str | None = None, **kwargs):
+        if prompt:
+            raise ValueError("the prompts are LLaRA's own: give none")
+        kind = "next" if kwargs.get("task") == "query" else "self"
+        encoded = self.tokenizer(inputs, add_special_tokens=False, split_special_tokens=True)
+        rows = [self.prompts.around(ids, kind, self.max_seq_length) for ids in encoded.input_ids]
+        return {"input_ids": pad(rows), "lengths": torch.tensor([len(row) for row in rows])}
+
+    def forward(self, features: dict[str, Tensor], **kwargs) -> dict[str, Tensor]:
+        features["sentence_embedding"] = embed(
+            self.model, features["input_ids"], features["lengths"], self.prompts.pooled
+        )  # (B, d)
+        return features
+
+
+def read_pretrained(kind, name: str | Path, dtype: torch.dtype = torch.float32):
+    """A model of the class `kind` and its tokenizer, from a folder or a hub name.
+
+    Only safetensors and JSON are read; no code and no pickle. Attention is sdpa: eager adds a
+    boolean mask as 0 and 1, flash attention takes no mask. BadInput says why a model is unusable.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise BadInput(f"{name}: holds LoRA adapters alone: merge them into their model first")
+        if list(folder.glob("*.gguf")):
+            raise BadInput(f"{name}: holds a GGUF file: take the safetensors checkpoint instead")
+        raise BadInput(f"{name}: has no config.json: not a model of transformers")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        refuse_config(name, config)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, info = kind.from_pretrained(
+            name,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except BadInput:
+        raise
+    except Exception as error:  # transformers, tokenizers and safetensors each raise their own
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"{name}: {kind.__name__} cannot read it: {reason}") from error
+    if info["missing_keys"]:
+        raise BadInput(f"{name}: its files lack {sorted(info['missing_keys'])[:3]}")
+    surplus = [key for key in info["unexpected_keys"] if not key.startswith("lm_head.")]
+    if surplus:
+        raise BadInput(
+            f"{name}: {type(model).__name__} has no place for {sorted(surplus)[:3]} of its files: "
+            "quantised, or another architecture; take the full-precision checkpoint"
+        )
+    if not tokenizer.is_fast:
+        raise BadInput(f"{name}: has no fast tokenizer (tokenizer.json)")
+    return model, tokenizer
+
+
+def refuse_config(name: str | Path, config) -> None:
+    """BadInput if the configuration tells already that the model cannot be used."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = dict(quantised).get("quant_method", "?")
+        raise BadInput(f"{name}: quantised ({method}): take the full-precision checkpoint")
+    if config.is_encoder_decoder:
+        raise BadInput(f"{name}: an encoder-decoder: take a causal language model")
+
+
+def check_length(name: str | Path, config, max_length: int, flag: str) -> None:
+    """BadInput if sequences of `max_length` tokens are beyond the model's positions or window."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise BadInput(f"{flag} {max_length}: {name} has {positions} positions")
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        window = None  # set in the configuration, used by no layer
+    # The mask of the joint sequence is ours, without a window; encoding would have one.
+    if window and max_length > window:
+        raise BadInput(
+            f"{flag} {max_length}: {name} has a sliding window of {window} tokens, which training "
+            f"does not apply: take {flag} {window} at most"
+        )
+
+
+# ---- rows and passages ---------------------------------------------------------------------------
+
+# The English stop words of NLTK, as the released code has them. Those with an apostrophe are left
+# out: none can occur once punctuation is gone.
+STOP_WORDS = frozenset(
+    """i me my myself we our ours ourselves you your yours yourself yourselves he him his himself
+    she her hers herself it its itself they them their theirs themselves what which who whom this
+    that these those am is are was were be been being have has had having do does did doing a an the
+    and but if or because as until while of at by for with about against between into through
+    during before after above below to from up down in out on off over under again further then
+    once here there when where why how all any both each few more most other some such no nor not
+    only own same so than too very s t can will just don should now d ll m o re ve y ain aren
+    couldn didn doesn hadn hasn haven isn ma mightn mustn needn shan shouldn wasn weren won wouldn
+    """.split()  # noqa: SIM905 (shorter than a list)
+)
+SENTENCE_END = re.compile(r"""[.!?]["')\]]*\s+|[。！？।؟]\s*|\n""")  # noqa: RUF001
+PASSAGE_SHARE = 0.9  # of the room for a passage that is planned for, so that few need cutting
+
+
+def content_words(text: str) -> str:
+    r"""The words of a target: without [\W_]+ and English stop words, as in the released recipe.
+
+    Marks that follow a letter belong to its word, as in Hindi, Thai or vocalised Arabic; Python's
+    \w does not know them.
+    """
+
+    def separate(match: re.Match) -> str:
+        run = match[0]
+        marks = 0
+        while marks < len(run) and (
+            unicodedata.category(run[marks]).startswith("M") or run[marks] in "\u200c\u200d"
+        ):
+            marks += 1
+        return run if marks == len(run) else run[:marks] + " "
+
+    words = re.sub(r"[\W_]+", separate, text).split()
+    return " ".join(word for word in words if word.lower() not in STOP_WORDS)
+
+
+def data_files(path: str | Path) -> list[Path]:
+    """A file as it is; of a folder and its sub-folders, *.jsonl and WikiExtractor's wiki_00 .."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    files = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and (file.suffix == ".jsonl" or re.fullmatch(r"wiki_\d+", file.name))
+    ]
+    if not files:
+        raise BadInput(f"{path}: no file *.jsonl or wiki_00, wiki_01 .. in there")
+    return files
+
+
+class Rows:
+    """Random access to the lines of .jsonl files. Held in memory: 40 bytes a line, not the text.
+
+    paths: files and folders, see `data_files`. Lines of white space do not count. BadInput if there
+    is no line; OSError if a file cannot be read.
+    """
+
+    def __init__(self, paths: Iterable[str | Path]):
+        self.paths = [file for path in paths for file in data_files(path)]
+        self.files = [open(path, "rb") for path in self.paths]  # noqa: SIM115 (read later)
+        # Positions and lengths are 64 bits wide: a file can have more than 2^31 bytes.
+        file_numbers, line_numbers, starts = array("q"), array("q"), array("q")
+        lengths, foreign = array("q"), array("q")
+        for file_number, file in enumerate(self.files):
+            start = 0
+            for line_number, line in enumerate(file, 1):
+                if start == 0 and line.startswith(b"\x1f\x8b"):
+                    raise BadInput(f"{self.paths[file_number]}: compressed: gunzip it first")
+                if not line.isspace():
+                    file_numbers.append(file_number)
+                    line_numbers.append(line_number)
+                    starts.append(start)
+                    lengths.append(len(line))
+                    foreign.append(count_foreign_bytes(line))
+                start += len(line)
+        if not lengths:
+            raise BadInput(f"{', '.join(map(str, self.paths))}: no rows in there")
+        self.file_numbers = np.array(file_numbers)
+        self.line_numbers = np.array(line_numbers)
+        self.starts = np.array(starts)
+        self.lengths = np.array(lengths)  # (n,) bytes
+        self.foreign = np.array(foreign)  # (n,) bytes of characters that are not ASCII
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def place(self, i: int) -> str:
+        """ "file:line", for messages."""
+        return f"{self.paths[self.file_numbers[i]]}:{self.line_numbers[i]}"
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Row i. BadInput if its line is not a JSON object."""
+        file = self.files[self.file_numbers[i]]
+        # Workers share the open files: read at a position of our own, and do not move theirs.
+        line = os.pread(file.fileno(), int(self.lengths[i]), int(self.starts[i]))
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{self.place(i)}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise BadInput(f"{self.place(i)}: not a JSON object")
+        return row
+
+
+def count_foreign_bytes(line: bytes) -> int:
+    """How many bytes are spent on characters that are not ASCII, raw or written as \\uXXXX."""
+    escaped = 6 * line.count(b"\\u")
+    if line.isascii():
+        return escaped
+    return escaped + len(line) - len(line.decode("ascii", errors="ignore"))
+
+
+def check_text(value: Any, name: str, place: str) -> str:
+    """`value`, if it is a text. BadInput if not, or if it cannot be written as UTF-8."""
+    if not isinstance(value, str):
+        raise BadInput(f"{place}: {name} should be a text, not {json.dumps(value)[:60]}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"{place}: {name} holds half of a surrogate pair (\\ud800 ..)") from None
+    return value
+
+
+RELEASED_KEYS = ("input", "output_summarize", "output_predict")
+
+
+def is_released_row(row: dict[str, Any]) -> bool:
+    return "input" in row
+
+
+def read_article(rows: Rows, i: int) -> str:
+    """Title and text of a row {"text": .., "title": ..}; "" of a blank page."""
+    row, place = rows[i], rows.place(i)
+    if "text" not in row:
+        raise BadInput(
+            f'{place}: has no "text" (nor does its file start with rows of "input"); its keys are '
+            f"{sorted(row)[:5]}"
+        )
+    text = check_text(row["text"], '"text"', place).strip()
+    title = check_text(row.get("title") or "", '"title"', place).strip()
+    if title and text:
+        return f"{title}\n{text}"
+    return text
+
+
+def read_released(rows: Rows, i: int) -> list[str]:
+    """The three texts of a row of the released format: passage, EBAE's target, EBAR's target."""
+    row, place = rows[i], rows.place(i)
+    missing = [key for key in RELEASED_KEYS if key not in row]
+    if missing:
+        raise BadInput(f"{place}: has no {missing}; the first row of the data has {RELEASED_KEYS}")
+    texts = [check_text(row[key], f'"{key}"', place) for key in RELEASED_KEYS]
+    if not texts[0].strip():
+        raise BadInput(f'{place}: "input" is empty')
+    return texts
+
+
+def boundary(text: str, k: int, n: int) -> int:
+    """Where window k of n begins: at the sentence end next to k/n of the text, else after a space.
+
+    It moves by less than half a window, so that neighbours cannot cross.
+    """
+    target = len(text) * k // n
+    if k == 0 or k == n:
+        return target
+    reach = len(text) // (2 * n)
+    ends = [match.end() for match in SENTENCE_END.finditer(text, target - reach, target + reach)]
+    if ends:
+        return min(ends, key=lambda end: abs(end - target))
+    space = text.find(" ", target, target + reach)
+    if space >= 0:
+        return space + 1
+    return target
+
+
+def tokens_per_row(rows: Rows, tokenizer, sample: int = 128) -> np.ndarray:
+    """(n,) float64: about how many tokens each row holds, from its bytes alone.
+
+    So the passages of a corpus can be counted before anything is tokenised. A byte of a foreign
+    script can take three times the tokens of an English one, so the two kinds are priced apart, by
+    least squares over a sample of rows.
+    """
+    picked = np.linspace(0, len(rows) - 1, min(sample, len(rows))).astype(np.int64)
+    plain = (rows.lengths - rows.foreign).astype(np.float64)  # (n,)
+    foreign = rows.foreign.astype(np.float64)  # (n,)
+    features = []
+    tokens = []
+    for i in picked:
+        text = read_released(rows, i)[0] if is_released_row(rows[i]) else read_article(rows, i)
+        head = text[:20_000]
+        share = len(head) / max(1, len(text))
+        ids = tokenizer(head, add_special_tokens=False, split_special_tokens=True).input_ids
+        features.append([plain[i] * share, foreign[i] * share])
+        tokens.append(len(ids))
+    prices, *_ = np.linalg.lstsq(np.array(features), np.array(tokens, np.float64))  # tokens a byte
+    plain_price, foreign_price = prices.clip(0.02, 2.0)
+    return plain * plain_price + foreign * foreign_price
+
+
+def cut_to_tokens(tokenizer, texts: list[str], room: int) -> list[tuple[list[int], int]]:
+    """Of each text, its first `room` token ids, and how many characters these cover."""
+    encoded = tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
+    cut = []
+    for text, ids, offsets in zip(texts, encoded.input_ids, encoded.offset_mapping, strict=True):
+        covered = offsets[room - 1][1] if len(ids) > room else len(text)
+        cut.append((ids[:room], covered))
+    return cut
+
+
+# ---- what one step sees --------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)  # the last epoch and this one
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def global_batch(step: int, batch_size: int, seed: int, n: int) -> list[tuple[int, int]]:
+    """The (epoch, index) of the examples of a step: a new permutation each epoch, without a gap.
+
+    A pure function, so a run can go on at any step, on any number of ranks.
+    """
+    pairs = []
+    for place in range(step * batch_size, (step + 1) * batch_size):
+        epoch, i = divmod(place, n)
+        pairs.append((epoch, int(epoch_order(seed, epoch, n)[i])))
+    return pairs
+
+
+def micro_batch_count(n: int, micro_batch_size: int, world: int) -> int:
+    """How many micro-batches each rank runs for n sequences.
+
+    The same on every rank, as FSDP needs it, and none of them empty; so one can have a sequence
+    more than was asked for.
+    """
+    return min(math.ceil(n / (micro_batch_size * world)), n // world)
+
+
+def split_by_length(lengths: Sequence[int], count: int) -> list[np.ndarray]:
+    """Indices in `count` groups of like length, longest first: too large a group fails at once."""
+    order = np.argsort([-length for length in lengths], kind="stable")
+    return np.array_split(order, count)
+
+
+class Adaptation(torch.utils.data.Dataset):
+    """Item `step` is what this rank needs for a step: its micro-batches, lists of `Example`.
+
+    An article of n windows gives n - 1 examples: a passage and the one that follows it. Items are
+    lists of numbers and not tensors: a worker sends each tensor by a file descriptor, of which a
+    process may have few.
+    """
+
+    def __init__(
+        self, rows: Rows, tokenizer, prompts: Prompts, args, rank: int = 0, world: int = 1
+    ):
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.args = args
+        self.rank = rank
+        self.world = world
+        self.room = args.max_length - len(prompts.prefix) - len(prompts.SELF) - len(prompts.NEXT)
+        if self.room < 1:
+            raise BadInput(
+                f"--max-length {args.max_length}: the prompts take {args.max_length - self.room}"
+            )
+        decoder = tokenizer.added_tokens_decoder
+        self.special_ids = {i for i, token in decoder.items() if token.special}
+        if is_released_row(rows[0]):
+            examples_per_row = np.ones(len(rows), np.int64)
+        else:
+            windows = np.ceil(tokens_per_row(rows, tokenizer) / (PASSAGE_SHARE * self.room))
+            examples_per_row = np.maximum(windows.astype(np.int64) - 1, 0)
+        self.ends = np.cumsum(examples_per_row)  # (n,) examples up to and including each row
+        self.n_examples = int(self.ends[-1])
+        if self.n_examples == 0:
+            raise BadInput(
+                f"{', '.join(map(str, rows.paths))}: no text is longer than a passage of "
+                f"{self.room} tokens, so none has a following one; lower --max-length"
+            )
+
+    def find_passage(self, example: int) -> tuple[str, int, int, int]:
+        """-> its article; where in it the passage begins, where it ends, where the next ends."""
+        row = int(np.searchsorted(self.ends, example, side="right"))
+        first = int(self.ends[row - 1]) if row else 0
+        n_windows = int(self.ends[row]) - first + 1
+        k = example - first
+        text = read_article(self.rows, row)
+        start, end, next_end = (boundary(text, j, n_windows) for j in (k, k + 1, k + 2))
+        return text, start, end, next_end
+
+    def read_examples(self, numbers: Sequence[int]) -> list[Example]:
+        """Reads and tokenises.
+
+        EBAE's words are those of the part of the passage that the model reads, and the following
+        passage begins where that part ends.
+        """
+        if is_released_row(self.rows[0]):
+            texts = [read_released(self.rows, i) for i in numbers]
+            passages = [passage for passage, _, _ in texts]
+            own = [own for _, own, _ in texts]
+            following = [following for _, _, following in texts]
+            passage_ids = [ids for ids, _ in cut_to_tokens(self.tokenizer, passages, self.room)]
+            own = self.cut_texts(own)
+        else:
+            places = [self.find_passage(number) for number in numbers]
+            passages = [text[start:end].rstrip() for text, start, end, _ in places]
+            cuts = cut_to_tokens(self.tokenizer, passages, self.room)
+            passage_ids = [ids for ids, _ in cuts]
+            own = []
+            following = []
+            for passage, (_, covered), (text, start, _, next_end) in zip(
+                passages, cuts, places, strict=True
+            ):
+                own.append(passage[:covered])
+                following.append(text[start + covered : next_end].strip())
+        word_ids = self.bags(own + self.cut_texts(following))
+        n = len(numbers)
+        return list(zip(passage_ids, word_ids[:n], word_ids[n:], strict=True))
+
+    def cut_texts(self, texts: list[str]) -> list[str]:
+        """The part of each text that would fit the room of a passage."""
+        cuts = cut_to_tokens(self.tokenizer, texts, self.room)
+        return [text[:covered] for text, (_, covered) in zip(texts, cuts, strict=True)]
+
+    def bags(self, texts: list[str]) -> list[list[int]]:
+        """The set of ids of each text's words, tokenised anew."""
+        words = [content_words(text) for text in texts]
+        encoded = self.tokenizer(words, add_special_tokens=False, split_special_tokens=True)
+        return [sorted(set(ids) - self.special_ids) for ids in encoded.input_ids]
+
+    def __getitem__(self, step: int) -> list[list[Example]]:
+        args = self.args
+        everyone = global_batch(step, args.batch_size, args.seed, self.n_examples)
+        mine = [example for _, example in everyone[self.rank :: self.world]]
+        examples = self.read_examples(mine)
+        count = micro_batch_count(args.batch_size, args.micro_batch_size, self.world)
+        groups = split_by_length([len(passage) for passage, _, _ in examples], count)
+        return [[examples[i] for i in group] for group in groups]
+
+    def yardstick(self, vocab_size: int) -> str:
+        """The losses of knowing nothing, and of knowing only how frequent each token is."""
+        order = epoch_order(self.args.seed, 0, self.n_examples)[:2048]
+        levels = unigram_levels(self.read_examples(order.tolist()), vocab_size)
+        named = " ".join(f"{task} {level:.3f}" for task, level in zip(TASKS, levels, strict=True))
+        return f"ln V = {math.log(vocab_size):.3f} knows nothing; unigram level: {named}"
+
+
+def unigram_levels(examples: Sequence[Example], vocab_size: int) -> np.ndarray:
+    """(3,): AR, EBAE and EBAR of always predicting the frequencies of the targets."""
+    counts = np.zeros((3, vocab_size))
+    for passage, own, following in examples:
+        np.add.at(counts[0], passage, 1)  # a token can occur more than once
+        # A row weighs the same in the loss, however many words it has.
+        counts[1, own] += 1 / max(1, len(own))
+        counts[2, following] += 1 / max(1, len(following))
+    frequencies = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    return -(frequencies * np.log(frequencies.clip(1e-30))).sum(axis=1)
+
+
+class FineTuning(torch.utils.data.Dataset):
+    """Item `step`: {"micro_batches": of this rank, "excluded": (Q, P) bool}.
+
+    A micro-batch is a list of (row, ids): rows 0..Q-1 are the queries, Q..Q+P-1 the passages, of
+    which the first Q are the positives. Every query draws one of its positives and --group-size - 1
+    of its negatives, anew each epoch. All ranks read the global batch, to know which passages are
+    true for whom; each tokenises only its own sequences.
+    """
+
+    def __init__(
+        self, rows: Rows, tokenizer, prompts: Prompts, args, rank: int = 0, world: int = 1
+    ):
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.args = args
+        self.rank = rank
+        self.world = world
+        self.n_examples = len(rows)
+        shortest = len(prompts.prefix) + 1 + max(len(prompts.SELF), len(prompts.NEXT))
+        if min(args.query_length, args.passage_length) < shortest:
+            raise BadInput(f"--query-length and --passage-length: {shortest} tokens at least")
+
+    def read_pair(self, i: int) -> tuple[str, list[str], list[str]]:
+        """A row {"query": "..", "pos": ["..", ..], "neg": ["..", ..]}; "neg" may be missing."""
+        row, place = self.rows[i], self.rows.place(i)
+        if "query" not in row or "pos" not in row:
+            raise BadInput(f'{place}: needs "query" and "pos"; its keys are {sorted(row)[:5]}')
+        query = check_text(row["query"], '"query"', place)
+        lists = []
+        for key in ("pos", "neg"):
+            texts = row.get(key, [])
+            if not isinstance(texts, list):
+                raise BadInput(f'{place}: "{key}" should be a list of texts')
+            lists.append([check_text(text, f'an item of "{key}"', place) for text in texts])
+        positives, negatives = lists
+        if not positives:
+            raise BadInput(f'{place}: "pos" is empty')
+        if not all(text.strip() for text in [query, *positives, *negatives]):
+            raise BadInput(f"{place}: holds an empty text")
+        return query, positives, negatives
+
+    def draw(self, step: int) -> tuple[list[str], list[str], np.ndarray]:
+        """-> Q queries, P passages, excluded (Q, P): what answers a query is not its negative."""
+        args = self.args
+        queries, own, hard = [], [], []
+        true_passages: dict[str, set[str]] = {}  # of all rows of the batch with this query
+        for epoch, i in global_batch(step, args.batch_size, args.seed, self.n_examples):
+            query, positives, negatives = self.read_pair(i)
+            random = np.random.default_rng([args.seed, epoch, i])
+            queries.append(query)
+            own.append(positives[random.integers(len(positives))])
+            if negatives:
+                # np.resize repeats them if they are too few.
+                chosen = np.resize(random.permutation(len(negatives)), args.group_size - 1)
+                hard += [negatives[j] for j in chosen]
+            true_passages.setdefault(query, set()).update(positives)
+        passages = own + hard
+        excluded = np.array(
+            [[passage in true_passages[query] for passage in passages] for query in queries]
+        )
+        np.fill_diagonal(excluded, False)
+        if ((~excluded).sum(axis=1) == 1).all():
+            raise BadInput(
+                f'step {step}: no query has a negative: raise --batch-size, or give rows "neg"'
+            )
+        return queries, passages, excluded
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        args = self.args
+        queries, passages, excluded = self.draw(step)
+        texts = queries + passages
+        count = micro_batch_count(len(texts), args.micro_batch_size, self.world)
+        # A text far beyond the cut is no longer than the cut; five characters are about a token.
+        limit = 5 * max(args.query_length, args.passage_length)
+        groups = split_by_length([min(len(text), limit) for text in texts], count * self.world)
+        micro_batches = []
+        for group in groups[self.rank :: self.world]:
+            encoded = self.tokenizer(
+                [texts[row] for row in group], add_special_tokens=False, split_special_tokens=True
+            )
+            micro_batch = []
+            for row, ids in zip(group.tolist(), encoded.input_ids, strict=True):
+                if row < len(queries):
+                    ids = self.prompts.around(ids, "next", args.query_length)
+                else:
+                    ids = self.prompts.around(ids, "self", args.passage_length)
+                micro_batch.append((row, ids))
+            micro_batches.append(micro_batch)
+        return {"micro_batches": micro_batches, "excluded": excluded}
+
+    def yardstick(self, vocab_size: int) -> str:
+        _, passages, excluded = self.draw(0)
+        level = np.log((~excluded).sum(axis=1)).mean()
+        return f"{level:.3f} knows nothing: all of ~{len(passages)} passages are equally likely"
+
+
+# ---- default text and model ----------------------------------------------------------------------
+
+
+def docstrings() -> Iterator[tuple[str, str, str]]:
+    """(module, object, docstring) of Python's library: the prose that each installation carries."""
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
-        if not {"site-packages", "test", "tests"} & set(file.relative_to(root).parts):
-            with contextlib.suppress(SyntaxError, ValueError):
-                for node in ast.walk(ast.parse(file.read_bytes())):
-                    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-                        yield str(file.relative_to(root)), getattr(node, "name", ""), ast.get_docstring(node)
+        parts = file.relative_to(root).parts
+        if "site-packages" in parts or "test" in parts or "tests" in parts:
+            continue
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):  # some are made to be wrong
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            text = ast.get_docstring(node)
+            if text:
+                yield str(file.relative_to(root)), getattr(node, "name", ""), text
 
-def python_docs(path):
-    """Writes articles, for want of better text: the language reference, and the docstrings of each module."""
+
+def write_python_docs(path: Path) -> None:
+    """Writes articles, for want of better text: the language reference, and each module's docs."""
     from pydoc_data.topics import topics
+
     articles = dict(topics)
     for module, _, text in docstrings():
         articles[module] = articles.get(module, "") + text + "\n\n"
-    path.write_text("\n".join(json.dumps({"title": title, "text": text}) for title, text in articles.items()))
+    with open(path, "w", encoding="utf-8") as file:
+        for title, text in articles.items():
+            file.write(json.dumps({"title": title, "text": text}) + "\n")
+
+
+def make_small_model(texts: Iterable[str], folder: Path, vocab_size: int = 2048) -> None:
+    """Writes a Llama of 2 layers with random weights, and a byte-level BPE tokenizer of the texts.
+
+    The embeddings are tied and of length 1 or so: then a state near a word's embedding predicts
+    that word, and EBAE is learnt in minutes.
+    """
+    tokens = re.findall(r"<[^<>\s]+>", SELF_PROMPT + NEXT_PROMPT)
+    special = list(dict.fromkeys(["</s>", *tokens]))
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size, special_tokens=special, show_progress=False)
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="</s>", extra_special_tokens=tokens
+    ).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=bpe.get_vocab_size(),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        initializer_range=128**-0.5,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+# ---- many processes ------------------------------------------------------------------------------
+
+
+def pick_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # cuDNN's attention plans anew for each new (B, L), seconds each, and its backward is reported
+    # to give NaN under a mask (pytorch issue 196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The type to compute in: by default bfloat16 on CUDA, float32 on CPU."""
+    if name is None:
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    if name == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
+        raise BadInput("--dtype bfloat16: this GPU is older than Ampere: take --dtype float32")
+    return getattr(torch, name)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Starts torch.distributed, under torchrun or without it.
+
+    In here a mistake of the user ends the process with one sentence and exit code 1; a mistake of
+    ours keeps its traceback.
+    """
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    timeout = datetime.timedelta(minutes=30)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    try:
+        yield
+    except (BadInput, OSError, FloatingPointError) as error:
+        # At once: to leave the group can wait for the others, for as long as the timeout.
+        script = Path(sys.argv[0]).name
+        rank = f" (rank {dist.get_rank()})" if dist.get_world_size() > 1 else ""
+        print(f"{script}{rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    finally:
+        if sys.exc_info()[0] is None or dist.get_world_size() == 1:
+            dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def from_rank_0(value: Any) -> Any:
+    """The `value` of rank 0: ranks that look at a shared disk by themselves can disagree."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def shard(model: Llara, device: torch.device, dtype: torch.dtype) -> None:
+    """FSDP2 on any number of ranks, one included. Tied embeddings stay in one group, the root's.
+
+    Weights, gradients and moments are float32. bfloat16 has the range of float32, so the loss needs
+    no scaling; gradients are summed in float32.
+    """
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if dtype == torch.float32:
+        policy = MixedPrecisionPolicy()
+    layer_names = model.lm._no_split_modules or ()
+    for module in list(model.modules()):
+        if type(module).__name__ in layer_names:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "embed")
+    register_fsdp_forward_method(model, "top_tokens")
+
+
+def checkpoints(output: Path) -> list[Path]:
+    return sorted(output.glob("checkpoint-*"))
+
+
+def save_checkpoint(model: Llara, optimizer, output: Path, run: dict[str, Any]) -> None:
+    """Writes output/checkpoint-STEP: aside, renamed when it is whole; then the last one goes."""
+    old = checkpoints(output)
+    aside = output / "unfinished"
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while saving
+    dist.barrier()
+    model_state, optimizer_state = dcp_state.get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside)
+    if dist.get_rank() == 0:
+        (aside / "run.json").write_text(json.dumps(run, indent=1))
+        aside.rename(output / f"checkpoint-{run['step']:08d}")
+        for folder in old:
+            shutil.rmtree(folder)
+    dist.barrier()
+
+
+def load_checkpoint(model: Llara, optimizer, folder: Path) -> None:
+    """Restores what any number of ranks wrote."""
+    model_state, optimizer_state = dcp_state.get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=folder)
+    dcp_state.set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+
+
+# ---- one step ------------------------------------------------------------------------------------
+
+
+def adaptation_step(
+    model: Llara,
+    micro_batches: list[list[Example]],
+    weights: Sequence[float],
+    device: torch.device,
+    train: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Forward, and backward if `train`: leaves the gradient of the global batch in the model.
+
+    -> losses (3,) and counts (3,) of the global batch. A task of weight 0 is not computed.
+    """
+    tasks = [task for task, weight in zip(TASKS, weights, strict=True) if weight != 0]
+    batches = [collate(examples, model.prompts) for examples in micro_batches]
+    # A mean of the micro-batches' means would weigh tokens and rows unequally: each micro-batch is
+    # divided by the counts of the whole global batch instead.
+    counts = torch.tensor(sum_over_ranks(sum(b["counts"] for b in batches).tolist()))  # (3,)
+    losses = torch.zeros(3, device=device)
+    for batch in batches:
+        batch["counts"] = counts
+        on_device = {key: value.to(device) for key, value in batch.items()}
+        terms = model(on_device, tasks)  # (3,)
+        if train:
+            # FSDP takes the mean of the ranks' gradients; the sum is due.
+            (total_loss(terms, weights) * dist.get_world_size()).backward()
+        losses += terms.detach()
+    dist.all_reduce(losses)
+    return losses.cpu(), counts
+
+
+def contrastive_step(
+    embed: Callable[..., Tensor],
+    micro_batches: Sequence[tuple[Tensor, tuple[Tensor, ...]]],
+    excluded: Tensor,
+    temperature: float = 0.01,
+    seed: int = 0,
+    train: bool = True,
+) -> tuple[float, float]:
+    """`contrastive_loss`, forward and backward, in the memory of one micro-batch.
+
+    embed: inputs -> (b, d), differentiable; wrapped by FSDP or DDP if there are several ranks.
+    micro_batches: of this rank, (rows, inputs): inputs are what `embed` takes; rows (b,) where they
+    belong among the Q queries and P passages of all ranks. excluded (Q, P): see `contrastive_loss`.
+    -> the loss and the accuracy over the global batch.
+
+    Gradient caching (arXiv 2101.06983): embed everything without a graph; the loss then gives a
+    gradient for each embedding; embed again, a micro-batch at a time, and go back from there. As
+    every rank has all embeddings, each gradient is the true one, over the negatives of all ranks.
+    """
+    n_queries, n_passages = excluded.shape
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    devices = [excluded.device] if excluded.is_cuda else []
+
+    def embed_seeded(i: int) -> Tensor:
+        # Dropout must be the same both times; the caller's generator is left as it was.
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed + i)
+            return embed(*micro_batches[i][1])
+
+    with torch.no_grad():
+        parts = [embed_seeded(i) for i in range(len(micro_batches))]  # each (b, d)
+        vectors = parts[0].new_zeros(n_queries + n_passages, parts[0].shape[1])  # (Q + P, d)
+        for (rows, _), part in zip(micro_batches, parts, strict=True):
+            vectors[rows] = part
+        if world > 1:
+            dist.all_reduce(vectors)  # the rows of other ranks are 0 here
+    vectors.requires_grad_(train)
+    queries, passages = vectors.split([n_queries, n_passages])  # (Q, d), (P, d)
+    loss, accuracy = contrastive_loss(queries, passages, excluded, temperature)
+    if train:
+        loss.backward()
+        for i, (rows, _) in enumerate(micro_batches):
+            # The gradient of this sum is that of the loss. FSDP and DDP take the mean over ranks.
+            surrogate = (embed_seeded(i) * vectors.grad[rows]).sum()
+            (surrogate * world).backward()
+    return loss.item(), accuracy.item()
+
+
+def fine_tuning_step(
+    model: Llara,
+    item: dict[str, Any],
+    temperature: float,
+    device: torch.device,
+    seed: int,
+    train: bool,
+) -> tuple[float, float]:
+    """`contrastive_step` on an item of `FineTuning`."""
+    micro_batches = []
+    for micro_batch in item["micro_batches"]:
+        rows = torch.tensor([row for row, _ in micro_batch], device=device)  # (b,)
+        input_ids = pad([ids for _, ids in micro_batch]).to(device)  # (b, L)
+        lengths = torch.tensor([len(ids) for _, ids in micro_batch], device=device)  # (b,)
+        micro_batches.append((rows, (input_ids, lengths)))
+    excluded = torch.from_numpy(item["excluded"]).to(device)  # (Q, P)
+    return contrastive_step(model.embed, micro_batches, excluded, temperature, seed, train)
+
+
+def run_step(
+    model: Llara, item: Any, args, device: torch.device, step: int, train: bool = True
+) -> tuple[dict[str, float], dict[str, float]]:
+    """A step of either stage -> its losses by name, and what each is a mean over."""
+    generator = np.random.SeedSequence([args.seed, step, dist.get_rank()])
+    seed = int(generator.generate_state(1, np.uint64)[0] >> 2)  # dropout: no two forwards alike
+    if args.stage == "finetune":
+        loss, accuracy = fine_tuning_step(model, item, args.temperature, device, seed, train)
+        return {"loss": loss, "accuracy": accuracy}, {"loss": 1.0, "accuracy": 1.0}
+    weights = [getattr(args, f"{task.lower()}_weight") for task in TASKS]
+    torch.manual_seed(seed)
+    losses, counts = adaptation_step(model, item, weights, device, train)
+    named = {"loss": total_loss(losses, weights).item()}
+    means_over = {"loss": 1.0}
+    for task, weight, loss, count in zip(TASKS, weights, losses, counts, strict=True):
+        if weight != 0:
+            named[task] = loss.item()
+            means_over[task] = count.item()
+    return named, means_over
+
+
+@torch.no_grad()
+def held_out_losses(model: Llara, dataset, args, device: torch.device) -> dict[str, float]:
+    """The same losses on held-out rows: on up to VALID_EXAMPLES of them, always the same."""
+    steps = max(1, min(dataset.n_examples, VALID_EXAMPLES) // args.batch_size)
+    sums: dict[str, float] = {}
+    totals: dict[str, float] = {}
+    model.eval()
+    for step in range(steps):
+        losses, counts = run_step(model, dataset[step], args, device, step, train=False)
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + loss * counts[name]
+            totals[name] = totals.get(name, 0.0) + counts[name]
+    model.train()
+    return {f"valid_{name}": sums[name] / max(1.0, totals[name]) for name in sums}
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+ADAM_BETAS = (0.9, 0.999)
+WEIGHT_DECAY = 0.0
+CLIP_NORM = 1.0
+VALID_EXAMPLES = 256  # at most: each costs a forward
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def get_lr(step: int, steps: int, peak: float, warmup: float) -> float:
+    """The rate of a step: linear up over the share `warmup` of the steps, then linear down."""
+    warmup_steps = max(1.0, warmup * steps)
+    if step + 1 < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * (steps - step) / (steps - warmup_steps + 1)
+
+
+def text_sizes(item: Any, prompts: Prompts) -> list[float]:
+    """Of this rank's item: real tokens, the sum of their squares by sequence, and with padding."""
+    if isinstance(item, dict):
+        groups = [[len(ids) for _, ids in micro_batch] for micro_batch in item["micro_batches"]]
+    else:
+        extra = len(prompts.prefix) + len(prompts.SELF) + len(prompts.NEXT)
+        groups = [[len(passage) + extra for passage, _, _ in micro_batch] for micro_batch in item]
+    tokens = sum(sum(lengths) for lengths in groups)
+    squares = sum(length**2 for lengths in groups for length in lengths)
+    padded = sum(max(lengths) * len(lengths) for lengths in groups)
+    return [tokens, squares, padded]
+
+
+def peak_memory() -> float:
+    """In GiB: of the device on CUDA, of this process on CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def claim_output(args, output: Path) -> tuple[Path | None, str]:
+    """-> the checkpoint to go on from, if any; what is wrong with the folder, if anything.
+
+    Left-overs of a run that failed before its first step do not block the next one.
+    """
+    found = checkpoints(output)
+    if args.resume and found:
+        return found[-1], ""
+    if args.resume and (output / "run.json").exists():
+        return None, f"--output {output}: that run is finished, there is nothing to resume"
+    if output.exists() and not output.is_dir():
+        return None, f"--output {output}: is a file"
+    kept = {"base", "python-docs.jsonl", "unfinished"}
+    if args.resume:
+        kept.add("log.jsonl")  # killed before its first checkpoint: start again
+    for path in output.iterdir() if output.exists() else ():
+        empty_log = path.name == "log.jsonl" and path.stat().st_size == 0
+        if path.name not in kept and not empty_log:
+            return None, (
+                f"--output {output}: holds {path.name}, and nothing is overwritten: --resume goes "
+                "on with a run; else name another folder, or delete this one"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    return None, ""
+
+
+def run_settings(args, rows: Rows) -> dict[str, Any]:
+    """The settings that shape a run: with others, to go on would be another run."""
+    free = ("output", "resume", "save_every", "workers", "micro_batch_size", "valid", "explain")
+    free += ("gradient_checkpointing",)
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    settings["data"] = [str(path) for path in rows.paths]
+    settings["bytes"] = int(rows.lengths.sum())
+    return settings
+
+
+def prepare(args, output: Path) -> tuple[nn.Module, Any, Rows]:
+    """The language model, its tokenizer and the rows, after making the default ones if need be."""
+    rank = dist.get_rank()
+    docs = output / "python-docs.jsonl"
+    if not args.data and rank == 0:
+        write_python_docs(docs)
+    dist.barrier()
+    rows = Rows(args.data or [docs])
+    base = output / "base"
+    if not args.model and rank == 0:
+        torch.manual_seed(args.seed)
+        every = len(rows) // 2000 + 1
+        make_small_model((read_article(rows, i)[:5000] for i in range(0, len(rows), every)), base)
+    dist.barrier()
+    lm, tokenizer = load(args.model or base)
+    return lm, tokenizer, rows
+
+
+def where_to_begin(checkpoint: Path | None, settings: dict[str, Any]) -> int:
+    """The step to go on with. BadInput if the run of the checkpoint had other settings."""
+    if checkpoint is None:
+        return 0
+    before = json.loads((checkpoint / "run.json").read_text())
+    for name in settings.keys() | before["settings"].keys():
+        now, then = settings.get(name), before["settings"].get(name)
+        if now != then:
+            raise BadInput(
+                f"--{name.replace('_', '-')} is {now}, but it was {then} in {checkpoint}: give the "
+                "same, or name another --output"
+            )
+    return before["step"]
+
+
+def make_datasets(args, rows: Rows, tokenizer, prompts: Prompts):
+    """The rows to train on, and those held out (or None), as this rank sees them."""
+    kind = FineTuning if args.stage == "finetune" else Adaptation
+    ranks = (dist.get_rank(), dist.get_world_size())
+    dataset = kind(rows, tokenizer, prompts, args, *ranks)
+    if not args.valid:
+        return dataset, None
+    return dataset, kind(Rows(args.valid), tokenizer, prompts, args, *ranks)
+
+
+def check_run(args, lm: nn.Module) -> None:
+    """BadInput if lengths or batch do not fit the model or the ranks."""
+    for flag in ("max_length", "query_length", "passage_length"):
+        length = getattr(args, flag)
+        if length is not None:
+            check_length(
+                args.model or "the small model", lm.config, length, f"--{flag.replace('_', '-')}"
+            )
+    world = dist.get_world_size()
+    if args.batch_size < world:
+        raise BadInput(f"--batch-size {args.batch_size} leaves some of {world} ranks without work")
+
+
+def start_workers(dataset, args, first_step: int) -> Iterator[Any]:
+    """The items of the steps that are left, prepared ahead of the device."""
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=None,  # an item is a whole step already
+        sampler=range(first_step, args.steps),
+        num_workers=args.workers,
+        collate_fn=lambda item: item,
+        multiprocessing_context="fork" if args.workers else None,  # they share the open files
+    )
+    return iter(loader)
+
+
+def make_model(args, lm: nn.Module, prompts: Prompts, device: torch.device, dtype: torch.dtype):
+    """The model, sharded over the ranks, and its optimizer."""
+    if args.gradient_checkpointing:
+        # Renamed in transformers 5.23; the old name goes in 6.
+        enable = getattr(lm, "activation_checkpointing_enable", None)
+        enable = enable or lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if args.stage == "finetune" and not lm.config.tie_word_embeddings:
+        lm.get_output_embeddings().requires_grad_(False)  # it takes no part
+    model = Llara(lm, prompts).train()
+    shard(model, device, dtype)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), args.lr, betas=ADAM_BETAS, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    return model, optimizer
+
+
+def update(model: Llara, optimizer, item: Any, args, device: torch.device, step: int):
+    """One step: the gradient of the global batch, then AdamW. -> what to log of it."""
+    lr = get_lr(step, args.steps, args.lr, args.warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    losses, _ = run_step(model, item, args, device, step)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM).full_tensor().item()
+    if not math.isfinite(losses["loss"] + norm):
+        raise BadInput(
+            f"step {step}: the loss or its gradient is not finite; nothing was updated. A lower "
+            "--lr may help; --resume goes on from the last checkpoint"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"step": step, **losses, "lr": lr, "grad_norm": norm}
+
+
+def cost(args, model: Llara, item: Any, n_weights: int, seconds: float) -> dict[str, float]:
+    """Throughput and memory of a step. n_weights: those that multiply each token."""
+    tokens, squares, padded = sum_over_ranks(text_sizes(item, model.prompts))
+    row = {"tokens/s": tokens / seconds, "padding": 1 - tokens / padded, "GB": peak_memory()}
+    if torch.cuda.is_available():
+        config = model.lm.config
+        # Forward and backward: 6 FLOPs a weight and token, and 6 d L^2 a layer for causal
+        # attention. Recomputed activations do not count.
+        attention = config.num_hidden_layers * config.hidden_size * squares
+        flops = 6 * (n_weights * tokens + attention)
+        for card, peak in PEAK_FLOPS.items():
+            if card in torch.cuda.get_device_name():
+                row["MFU"] = flops / seconds / peak / dist.get_world_size()
+    return row
+
+
+def train(args) -> None:
+    """The whole of a run, of either stage. Every rank runs it."""
+    rank = dist.get_rank()
+    output = Path(args.output)
+    device = pick_device()
+    dtype = choose_dtype(args.dtype, device)
+    args.dtype = str(dtype).removeprefix("torch.")
+    checkpoint, complaint = from_rank_0(claim_output(args, output) if rank == 0 else None)
+    if complaint:
+        raise BadInput(complaint)
+
+    # The model's text, and where to begin.
+    lm, tokenizer, rows = prepare(args, output)
+    check_run(args, lm)
+    prompts = make_prompts(tokenizer)
+    dataset, held_out = make_datasets(args, rows, tokenizer, prompts)
+    if args.steps is None:
+        args.steps = math.ceil(dataset.n_examples / args.batch_size)  # one epoch
+    settings = run_settings(args, rows)
+    first_step = where_to_begin(checkpoint, settings)
+    items = start_workers(dataset, args, first_step)  # forked before anything talks to a GPU
+    if rank == 0:
+        print(
+            f"model      {args.model or 'from scratch'}: {lm.num_parameters():,} parameters\n"
+            f"data       {len(rows):,} rows in {len(rows.paths)} files, "
+            f"{dataset.n_examples:,} examples\n"
+            f"run        {args.steps} steps of {args.batch_size} examples, "
+            f"{args.steps * args.batch_size / dataset.n_examples:.2f} epochs\n"
+            f"device     {dist.get_world_size()} x {device.type}, computes in {args.dtype}\n"
+            f"yardstick  {dataset.yardstick(lm.config.vocab_size)}",
+            flush=True,
+        )
+
+    # The model. A head multiplies every token, the input embeddings do not; they are as large.
+    n_weights = lm.num_parameters()
+    if not (lm.config.tie_word_embeddings and args.stage == "adapt"):
+        n_weights -= lm.get_input_embeddings().weight.numel()
+    model, optimizer = make_model(args, lm, prompts, device, dtype)
+    if checkpoint:
+        load_checkpoint(model, optimizer, checkpoint)
+
+    # The loop: a step, a line in the log, from time to time a checkpoint.
+    log = Log(output / "log.jsonl", first_step) if rank == 0 else None
+    with tqdm(initial=first_step, total=args.steps, unit="step", disable=rank > 0) as bar:
+        started = time.perf_counter()
+        for step in range(first_step, args.steps):
+            item = next(items)
+            row = update(model, optimizer, item, args, device, step)
+            row.update(cost(args, model, item, n_weights, time.perf_counter() - started))
+            is_last = step + 1 == args.steps
+            is_saved = (step + 1) % args.save_every == 0
+            if held_out and (is_saved or is_last):
+                row.update(held_out_losses(model, held_out, args, device))
+            if log:
+                log.write(row)
+            shown = [key for key in row if key not in ("step", "padding", "GB")]
+            bar.set_postfix_str(" ".join(f"{key} {row[key]:.4g}" for key in shown))
+            bar.update()
+            if is_saved and not is_last:
+                save_checkpoint(model, optimizer, output, {"step": step + 1, "settings": settings})
+            started = time.perf_counter()
+    finish(model, tokenizer, dataset, args, settings)
+
+
+class Log:
+    """log.jsonl: a line a step. What a killed run wrote after its last checkpoint is cut off."""
+
+    def __init__(self, path: Path, first_step: int):
+        lines = path.read_bytes().splitlines(keepends=True)[:first_step] if path.exists() else []
+        path.write_bytes(b"".join(lines))
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 (open for the whole run)
+
+    def write(self, row: dict[str, float]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+
+
+def finish(model: Llara, tokenizer, dataset, args, settings: dict[str, Any]) -> None:
+    """Saves the model, removes the checkpoints, and shows what an embedding says."""
+    output = Path(args.output)
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dcp_state.get_model_state_dict(model.lm, options=options)
+    if dist.get_rank() == 0:
+        if model.lm.config.tie_word_embeddings:
+            for name in model.lm._tied_weights_keys or ():
+                state.pop(name, None)  # or the embeddings are written twice
+        save(model.lm, tokenizer, output, model_card(args, model.prompts), state)
+        (output / "run.json").write_text(json.dumps({"settings": settings}, indent=1))
+        for folder in checkpoints(output):
+            shutil.rmtree(folder)
+    if args.stage == "adapt":
+        numbers = [dataset.n_examples // 3, 2 * dataset.n_examples // 3]
+        texts = [tokenizer.decode(ids) for ids, _, _ in dataset.read_examples(numbers)]
+        model.eval()
+        said = explain(model, tokenizer, texts, max_length=args.max_length)
+        if dist.get_rank() == 0:
+            print_explanations(texts, said)
+    if dist.get_rank() == 0:
+        print(f"saved to {output}; {output / 'README.md'} says how to embed with it")
+
+
+def print_explanations(texts: Sequence[str], said: Sequence[dict[str, list[str]]]) -> None:
+    for text, words in zip(texts, said, strict=True):
+        print(f"\n{' '.join(text.split())[:300]}")
+        for state, predicted in words.items():
+            print(f"  {state + ':':11} {' '.join(predicted)}")
+
 
 MODEL_CARD = """---
 library_name: transformers
 tags: [llara, dense-retrieval]
 ---
-A text encoder made with LLaRA ([arXiv 2312.15503](https://arxiv.org/abs/2312.15503)) from {base}: --stage {stage},
-{steps} steps of {batch_size} examples, lr {lr}, on {data}. Embed, and search by dot product:
+A text encoder made with LLaRA ([arXiv 2312.15503](https://arxiv.org/abs/2312.15503)) from {base}:
+{steps} steps of `--stage {stage}`, {batch_size} examples each. Only this way of embedding is right:
+prefix, text, prompt; the mean of the last {pooled} states.
+
 ```python
 import torch
 from transformers import AutoModel, AutoTokenizer
 tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModel.from_pretrained(".")
-SELF = {SELF!r}
-NEXT = {NEXT!r}
-def embed(text, prompt):  # passages: SELF; queries: NEXT, or SELF as long as the model is not fine-tuned
-    ids = tokenizer('"').input_ids + tokenizer(text, add_special_tokens=False).input_ids
-    ids += tokenizer(prompt, add_special_tokens=False).input_ids
-    return torch.nn.functional.normalize(model(torch.tensor([ids])).last_hidden_state[0, -8:].mean(0), dim=-1)
+PREFIX = {prefix}
+SELF = {self_ids}
+NEXT = {next_ids}
+def embed(text, prompt):  # SELF for passages; NEXT for queries (SELF before fine-tuning)
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    states = model(torch.tensor([PREFIX + ids + prompt])).last_hidden_state[0, -{pooled}:]
+    return torch.nn.functional.normalize(states.float().mean(0), dim=-1)
 print(embed("A llama is a camelid.", SELF) @ embed("What is a llama?", NEXT))
 ```
 """
 
-def save(lm, tokenizer, folder, card="", state_dict=None):
-    """An ordinary HF folder: safetensors, config, tokenizer, and `card` as its README.md."""
-    lm.save_pretrained(folder, state_dict=state_dict)
-    tokenizer.save_pretrained(folder)
-    (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
-@torch.inference_mode()
-def encode(model, tokenizer, texts, prompt="self", max_length=512, batch_size=32):
-    """Embeds texts: -> (n, d) float32 numpy, unit rows. prompt: "self" for passages, "next" for queries.
-    model: of AutoModel or AutoModelForCausalLM, any dtype, any device. max_length, in tokens, includes the prompt.
-    The result does not depend on the batch: padding is on the right, where causal attention never looks."""
-    ids = sequences(tokenizer, texts, make_prompts(tokenizer), prompt.upper(), max_length)
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # like lengths together: little padding
-    out = np.empty((len(ids), model.config.hidden_size), np.float32)
-    for rows in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-        batch, lengths = pad([ids[r] for r in rows]), torch.tensor([len(ids[r]) for r in rows])  # (b, L), (b,)
-        out[rows] = embed(model, batch.to(model.device), lengths.to(model.device)).cpu()         # (b, d)
-    return out
+def model_card(args, prompts: Prompts) -> str:
+    return MODEL_CARD.format(
+        base=args.model or "random weights",
+        steps=args.steps,
+        stage=args.stage,
+        batch_size=args.batch_size,
+        pooled=prompts.pooled,
+        prefix=prompts.prefix,
+        self_ids=prompts.SELF,
+        next_ids=prompts.NEXT,
+    )
 
-# ---- training --------------------------------------------------------------------------------------------------------
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16 FLOP/s
 
-def unigram_levels(examples, vocab_size):
-    """(3,) AR, EBAE and EBAR of always predicting the targets' frequencies: what word frequencies alone score."""
-    counts = np.zeros((3, vocab_size))
-    for _, passage, *bags in examples:
-        np.add.at(counts[0], passage, 1)
-        for row, bag in zip(counts[1:], bags):
-            row[bag] += 1 / max(1, len(bag))  # in the loss each row weighs the same, not each target
-    p = counts / counts.sum(1, keepdims=True).clip(1)
-    return -(p * np.log(p.clip(1e-30))).sum(1)
+# ---- command line --------------------------------------------------------------------------------
 
-def shard(model, device):
-    """FSDP2 on any number of ranks, one included: each decoder layer, then the rest, with tied embeddings in one group.
-    Weights, gradients, moments: float32. Compute on CUDA: bfloat16, whose range is float32's, so no loss scaling."""
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    mixed = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if device.type == "cuda" else {}
-    for module in [m for m in model.modules() if type(m).__name__ in (model.lm._no_split_modules or ())]:
-        fully_shard(module, mesh=mesh, **mixed)
-    register_fsdp_forward_method(fully_shard(model, mesh=mesh, **mixed), "embed")
+COMMON = {"warmup": 0.1, "save_every": 500, "workers": 1, "seed": 0}
+SMALL_MODEL = COMMON | {
+    "steps": 600,
+    "batch_size": 32,
+    "micro_batch_size": 8,
+    "max_length": 96,
+    "lr": 5e-3,
+    "ar_weight": 1.0,
+    "ebae_weight": 0.5,  # ten times the paper's: nothing to forget, and minutes to learn
+    "ebar_weight": 0.5,
+}
+PAPER = (
+    COMMON
+    | {
+        "steps": 10_000,
+        "batch_size": 256,
+        "micro_batch_size": 8,
+        "max_length": 1024,
+        "lr": 1e-5,
+    }
+    | {f"{task.lower()}_weight": weight for task, weight in PAPER_WEIGHTS.items()}
+)
+FINE_TUNING = COMMON | {
+    "steps": None,  # one epoch
+    "batch_size": 128,
+    "micro_batch_size": 32,
+    "lr": 1e-5,
+    "query_length": 64,
+    "passage_length": 160,
+    "group_size": 16,
+    "temperature": 0.01,
+}
 
-def checkpoints(args):
-    return sorted(Path(args.output).glob("checkpoint-*"))
 
-def save_checkpoint(model, optimizer, args, step):
-    """What --resume needs, as output/checkpoint-STEP: written aside, renamed when whole; then the older one goes."""
-    old, aside, final = checkpoints(args), Path(args.output, "checkpoint.tmp"), f"checkpoint-{step:08d}"
-    if final not in [folder.name for folder in old]:
-        dcp.save(dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer))), checkpoint_id=aside)
-        if dist.get_rank() == 0:
-            (aside / "run.json").write_text(json.dumps({"step": step, "args": vars(args)}, indent=1))
-            aside.rename(aside.with_name(final))
-            for folder in old:
-                shutil.rmtree(folder)
-    dist.barrier()
-
-def load_checkpoint(model, optimizer, args):
-    """Restores the newest checkpoint, written on any number of ranks; -> the step to go on with."""
-    state = dict(zip(("model", "optimizer"), dcp_state.get_state_dict(model, optimizer)))
-    dcp.load(state, checkpoint_id=checkpoints(args)[-1])
-    dcp_state.set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return json.loads((checkpoints(args)[-1] / "run.json").read_text())["step"]
-
-def adapt(model, item, args):
-    """Leaves the gradient of a step of adaptation in the model. -> terms to log; lines to blame if not finite."""
-    rank, world, device = dist.get_rank(), dist.get_world_size(), model.lm.device
-    losses = torch.zeros(len(item["lines"]), 3, device=device)                       # (micro-batches of all ranks, 3)
-    counts = item["counts"].to(device)
-    for i, micro in enumerate(item["micros"]):
-        terms = model({**{k: v.to(device) for k, v in micro.items()}, "counts": counts})
-        loss = total_loss(terms, counts, args.ar_weight, args.bow_weight)
-        (loss * world).backward()  # FSDP will take the mean over the ranks where the sum is due
-        losses[rank + i * world] = terms.detach()
-    dist.all_reduce(losses)
-    suspects = [line for lines, terms in zip(item["lines"], losses) if not terms.isfinite().all() for line in lines]
-    ar, ebae, ebar = terms = losses.sum(0)
-    loss = total_loss(terms, counts, args.ar_weight, args.bow_weight)
-    return {"loss": loss.item(), "AR": ar.item(), "EBAE": ebae.item(), "EBAR": ebar.item()}, suspects or sum(
-        item["lines"], [])
-
-def finetune(model, item, args):
-    """The same for a step of contrastive learning. Gradient caching (arXiv 2101.06983): embed all without a graph; the
-    loss gives a gradient for each embedding; embed again, chunk by chunk, and go back from there. So memory is that of
-    a micro-batch, and as every rank has all embeddings, the gradient is the true one of all negatives of all ranks."""
-    device, seed = model.lm.device, torch.initial_seed()
-    def embed(i):
-        torch.manual_seed(seed + i)  # dropout, if any, must be the same both times
-        rows, ids, lengths = item["micros"][i]
-        return model.embed(ids.to(device), lengths.to(device))                       # (b, d)
-    vectors = torch.zeros(len(item["lengths"]), model.lm.config.hidden_size, device=device)  # (Q + P, d)
-    with torch.no_grad():
-        for i, (rows, *_) in enumerate(item["micros"]):
-            vectors[rows] = embed(i)
-    dist.all_reduce(vectors)  # others' rows are 0 here
-    excluded = item["excluded"].to(device)                                           # (Q, P)
-    queries, passages = vectors.requires_grad_().split(excluded.shape)
-    loss, accuracy = contrastive_loss(queries, passages, excluded, args.temperature)
-    loss.backward()
-    for i, (rows, *_) in enumerate(item["micros"]):
-        (embed(i) * vectors.grad[rows]).sum().mul(dist.get_world_size()).backward()  # FSDP will take the mean
-    return {"loss": loss.item(), "accuracy": accuracy.item()}, item["lines"]
-
-STAGES = {"adapt": (Articles, Steps, adapt), "finetune": (Pairs, Groups, finetune)}
-
-def check_links(folder):
-    """BadInput if a symbolic link could lead what is written to this folder out of it."""
-    for path in folder.rglob("*"):
-        if path.is_symlink():
-            raise BadInput(f"{path} is a symbolic link, through which nothing is written: remove it")
-
-def prepare(args, out):
-    """Claims the output folder, makes the default data and model, opens all: -> log file of rank 0, lines, language
-    model, tokenizer."""
-    rank, log = dist.get_rank(), None
-    if rank == 0:
-        if not (args.resume or args.overwrite) and out.exists() and any(out.iterdir()):
-            raise BadInput(f"--output {out} is in use: --resume continues, --overwrite starts anew, or name another")
-        out.mkdir(parents=True, exist_ok=True)
-        check_links(out)
-        log = open(out / "log.jsonl", "a+", buffering=1)
-        try:
-            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
-        except BlockingIOError:
-            raise BadInput(f"--output {out}: another run is writing there") from None
-        for old in [out / "checkpoint.tmp"] if args.resume else out.glob("checkpoint*"):
-            shutil.rmtree(old, ignore_errors=True)
-        if not (args.data or args.resume):
-            python_docs(out / "python-docs.jsonl")
-    dist.barrier()
-    lines = STAGES[args.stage][0](args.data or [out / "python-docs.jsonl"], out)
-    if rank == 0 and not (args.model or args.resume):
-        torch.manual_seed(args.seed)
-        small_model((lines[i][0][:5000] for i in lines.full[::len(lines.full) // 2000 + 1]), out / "base")
-    dist.barrier()
-    return log, lines, *load(args.model or out / "base")
-
-def train(args):
-    rank, world, out = dist.get_rank(), dist.get_world_size(), Path(args.output)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    log, lines, lm, tokenizer = prepare(args, out)
-    model, config, adapting = Llara(lm, make_prompts(tokenizer)), lm.config, args.stage == "adapt"
-    _, dataset, stage = STAGES[args.stage]
-    steps = dataset(lines, tokenizer, model.prompts, args, rank, world)
-    if not steps.size:
-        raise BadInput(f"--data: no text is longer than a passage, at this --max-length of {steps.room} tokens")
-    args.steps = args.steps or math.ceil(steps.size / args.batch_size)
-    if args.gradient_checkpointing:  # renamed in transformers 5.23
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if not adapting and not config.tie_word_embeddings:
-        lm.get_output_embeddings().requires_grad_(False)  # it takes no part
-    # FLOPs: 6 a weight and token, 6 d L^2 a layer for causal attention; recomputing is not counted. A head is as large
-    # as the input embeddings, which do none.
-    weights = lm.base_model.num_parameters() - lm.get_input_embeddings().weight.numel() * (not adapting)
-    peak = next((v for k, v in PEAK.items() if device.type == "cuda" and k in torch.cuda.get_device_name()), None)
-    shard(model.train(), device)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=True)
-    step = load_checkpoint(model, optimizer, args) if args.resume else 0
-    first = steps[step]
-    if rank == 0:
-        print(f"model      {args.model or 'from scratch (--model for another)'}: {lm.num_parameters():,} parameters\n"
-              f"data       {len(lines.lengths):,} lines in {len(lines.paths)} files, {steps.size:,} examples\n"
-              f"step       {args.batch_size} examples, ~{first['lengths'].sum():,} tokens, in micro-batches of "
-              f"{args.micro_batch_size} on {world} x {device.type}\n"
-              f"run        {args.steps} steps, {args.steps * args.batch_size / steps.size:.2f} epochs\n"
-              f"yardstick  {steps.yardstick(config.vocab_size)}", flush=True)
-        log.seek(0)
-        log.truncate(sum(map(len, log.readlines()[:step])))  # a line a step
-    signals, stop = (signal.SIGTERM, signal.SIGINT), []
-    loader = torch.utils.data.DataLoader(
-        steps, None, sampler=range(step, args.steps), num_workers=args.workers,
-        multiprocessing_context="fork" if args.workers else None,  # the open files of the data are inherited
-        worker_init_fn=lambda _: [signal.signal(s, signal.SIG_IGN) for s in signals])
-    for number in signals:
-        signal.signal(number, lambda *_: stop.append(1))
-    bar, then = tqdm(initial=step, total=args.steps, unit="step", disable=rank > 0), time.perf_counter()
-    try:
-        for item in loader:
-            halt = torch.tensor(len(stop))
-            dist.all_reduce(halt)  # one rank may have been told to stop, and another not
-            if halt:
-                raise BadInput("stopped by a signal")
-            torch.manual_seed(args.seed + step * world + rank)  # for models with dropout: the same after --resume
-            warmup = max(args.warmup * args.steps, 1)
-            lr = args.lr * min((step + 1) / warmup, (args.steps - step) / (args.steps - warmup + 1e-9))
-            optimizer.param_groups[0]["lr"] = lr
-            terms, suspects = stage(model, item, args)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor().item()
-            if not math.isfinite(sum(terms.values()) + norm):
-                raise BadInput(f"step {step}: loss or gradient is not finite, nothing was updated. Look at "
-                               f"{', '.join(suspects)}; mend them, or start anew with a lower --lr")
-            optimizer.step()
-            optimizer.zero_grad()
-            lengths, seconds = item["lengths"].numpy(), time.perf_counter() - then
-            row = {"step": step, **terms, "lr": lr, "grad_norm": norm, "tokens/s": lengths.sum() / seconds,
-                   "padding": item["padding"], "GB": (torch.cuda.max_memory_allocated() / 2**30  # on CPU in KB:
-                                                      or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)}
-            if peak:
-                attention = config.num_hidden_layers * config.hidden_size * (lengths ** 2).sum()
-                row["MFU"] = 6 * (weights * lengths.sum() + attention) / seconds / peak / world
-            then += seconds
-            if rank == 0:
-                log.write(json.dumps(row) + "\n")
-            bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "padding")), False)
-            bar.update()
-            step += 1
-            if step % args.save_every == 0 or step == args.steps:
-                save_checkpoint(model, optimizer, args, step)
-    except BadInput as e:
-        if step == 0:
-            raise  # nothing to save: dcp would even make up a first update in the optimizer
-        save_checkpoint(model, optimizer, args, step)
-        raise BadInput(f"{e}; all before step {step} is saved, --resume continues") from None
-    finally:
-        bar.close()
-    whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dcp_state.get_model_state_dict(model.lm, options=whole)
-    if rank == 0:
-        for name in (lm._tied_weights_keys or ()) if config.tie_word_embeddings else ():
-            state.pop(name, None)  # or the embedding is written twice
-        names = {"SELF": SELF, "NEXT": NEXT, "base": args.model or "random weights",
-                 "data": ", ".join(path.name for path in lines.paths)}
-        save(lm, tokenizer, out, MODEL_CARD.format(**{**vars(args), **names}), state)
-        for folder in checkpoints(args):
-            shutil.rmtree(folder)
-        print(f"saved to {out}; {out}/README.md says how to embed with it")
-
-# ---- arguments -------------------------------------------------------------------------------------------------------
-OPTIONS = {  # flag: its defaults for a small model from scratch, with --model (the paper's), to fine-tune; its help
-    "steps": (600, 10000, 0, "updates (0: one epoch)"),
-    "batch-size": (32, 256, 128, "examples, or queries, a step over all ranks"),
-    "micro-batch-size": (8, 8, 32, "sequences in a forward: changes memory, not results"),
-    "max-length": (96, 1024, None, "tokens of the joint sequence, prompts included"),
-    "query-length": (None, None, 64, "tokens of a query, prompt included"),
-    "passage-length": (None, None, 160, "tokens of a passage, prompt included"),
-    "group-size": (None, None, 16, "passages a query: one positive, the others negatives"),
-    "temperature": (None, None, 0.01, "of the softmax over the passages"),
-    "lr": (5e-3, 1e-5, 1e-5, "peak of the learning rate"),
-    "warmup": (0.1, 0.1, 0.1, "share of the steps; from there the rate falls linearly to 0"),
-    "ar-weight": (1.0, 1.0, None, "weight of the language-model loss"),
-    "bow-weight": (1.0, 0.1, None, "weight of the mean of EBAE and EBAR"),
-    "save-every": (500, 500, 500, "steps between checkpoints"),
-    "workers": (1, 1, 1, "tokenising processes a rank"),
-    "seed": (0, 0, 0, "of the order of the data, and of a model from scratch")}
-
-def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What was not given is filled from SMALL_MODEL, PAPER (with --model) or FINE_TUNING."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=f"Defaults without --model: {SMALL_MODEL}. With --model: {PAPER}. "
+        f"With --stage finetune: {FINE_TUNING}.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
-    add("--stage", choices=STAGES, default="adapt", help="adapt: EBAE and EBAR; finetune: contrastive learning")
-    add("--data", nargs="+", help='.jsonl[.gz] files or folders; rows: {"text"[, "title"]} or {"input", '
-        '"output_summarize", "output_predict"}; to finetune {"query", "pos": [..], "neg": [..]} (None: Python\'s docs)')
-    add("--model", help="hub name or folder of a causal language model (None: a small Llama from scratch)")
-    add("--output", default="out", help="folder for log.jsonl, checkpoints and at last the model")
-    add("--resume", action="store_true", help="continue from the last checkpoint in --output; flags are as they were")
-    add("--overwrite", action="store_true", help="start anew though --output is in use")
-    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
-    args, _ = parser.parse_known_args(argv)
-    saved, restarted = checkpoints(args), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if args.resume and not saved:
-        parser.error(f"--resume: no checkpoint in {args.output}")
-    if restarted:  # by torchrun --max-restarts
-        parser.set_defaults(resume=bool(saved), overwrite=True)
-    before = json.loads((saved[-1] / "run.json").read_text())["args"] if saved and (args.resume or restarted) else {}
-    parser.set_defaults(**{k: before[k] for k in before.keys() - {"resume", "overwrite"}})
-    args, _ = parser.parse_known_args(argv)
-    for name, (*defaults, text) in OPTIONS.items():
-        default = defaults[2 if args.stage == "finetune" else args.model is not None]
-        if default is not None:
-            add(f"--{name}", type=type(default), default=before.get(name.replace("-", "_"), default), help=text)
-    add("-h", "--help", action="help", help="show this, with the defaults of the --stage and the --model given")
+    add("--stage", choices=["adapt", "finetune"], default="adapt", help="default: adapt")
+    add("--data", nargs="+", help=".jsonl files or folders; default: Python's documentation")
+    add("--valid", nargs="+", help="held-out files, for valid_.. losses at each --save-every")
+    add("--model", help="folder or hub name; default: a small Llama from scratch")
+    add("--output", default="out", help="folder for log, checkpoints and model; default: out")
+    add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    add(
+        "--explain",
+        nargs="+",
+        metavar="TEXT",
+        help="print what --model's embeddings say; no training",
+    )
+    # What the run does.
+    add("--steps", type=int, help="updates; to fine-tune, one epoch by default")
+    add("--batch-size", type=int, help="examples, or queries, a step over all ranks")
+    add("--lr", type=float, help="peak of the learning rate")
+    add("--warmup", type=float, help="share of the steps; then the rate falls linearly to 0")
+    add("--seed", type=int, help="of the order of the data, and of a model from scratch")
+    # Adaptation.
+    add("--max-length", type=int, help="tokens of a joint sequence, prompts included")
+    for task in TASKS:
+        add(f"--{task.lower()}-weight", type=float, help=f"weight of {task}; 0 turns it off")
+    # Fine-tuning.
+    add("--query-length", type=int, help="tokens of a query, prompt included")
+    add("--passage-length", type=int, help="tokens of a passage, prompt included")
+    add("--group-size", type=int, help="passages a query: one positive, the rest negatives")
+    add("--temperature", type=float, help="of the softmax over the passages")
+    # What it costs.
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="to compute in; CUDA: bfloat16, CPU: float32",
+    )
+    add("--micro-batch-size", type=int, help="sequences in a forward: memory, not results")
+    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--save-every", type=int, help="steps between checkpoints")
+    add("--workers", type=int, help="tokenising processes a rank")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "micro_batch_size", "group_size", "save_every"):
-        if getattr(args, name, 1) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is too small")
-    if args.stage == "finetune" and not (args.model and args.data):
-        parser.error("--stage finetune needs --model, what adaptation has saved, and --data")
+
+    defaults = PAPER if args.model else SMALL_MODEL
+    if args.stage == "finetune":
+        defaults = FINE_TUNING
+    for name in (SMALL_MODEL | FINE_TUNING).keys() - defaults.keys():
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} means nothing with --stage {args.stage}")
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_arguments(parser, args)
     return args
 
-@contextlib.contextmanager
-def process_group(backend):
-    """With torchrun or without it. In here a mistake of the user, a full disk or memory and Ctrl-C end the process with
-    one sentence and exit code 1, on the one rank that should say it; a mistake of ours keeps its traceback."""
-    # torchrun keeps its store over --max-restarts: without a prefix, an attempt would take addresses of the last one.
-    store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
-    store, script = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), Path(sys.argv[0]).name
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    try:
-        yield
-    except BadInput as e:
-        sys.exit(f"{script}: {e}" if rank == 0 else 1)
-    except (OSError, SafetensorError, dcp.api.CheckpointException) as e:
-        sys.exit(f"{script}: {str(e).strip().splitlines()[-1]}; a full disk, no right to write, or a "
-                 "checkpoint of another model? What is saved is intact")
-    except (MemoryError, RuntimeError) as e:
-        if "closed by peer" in str(e):
-            sys.exit(1)  # another rank has ended, and says why
-        if isinstance(e, RuntimeError) and "allocate" not in str(e):
-            raise
-        sys.exit(f"{script}: out of memory; take smaller micro-batches. What is saved is intact")
-    except (KeyboardInterrupt, FloatingPointError) as e:
-        sys.exit(f"{script}: {str(e) or 'interrupted'}; what is saved is intact")
-    finally:
-        dist.destroy_process_group()
 
-def main():
-    args, cuda = arguments(), torch.cuda.is_available()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a tokenizer's threads would not survive the fork of the workers
-    logging.disable_progress_bar()  # transformers' own
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    with process_group("cpu:gloo,cuda:nccl" if cuda else "gloo"):
-        train(args)
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    smallest = {
+        "batch_size": 1,
+        "micro_batch_size": 1,
+        "group_size": 1,
+        "save_every": 1,
+        "steps": 1,
+    }
+    for name, least in (smallest | {"workers": 0, "seed": 0}).items():
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value}: {least} at least")
+    if args.stage == "finetune" and not (args.model and args.data):
+        parser.error("--stage finetune needs --model, what adaptation has saved, and --data")
+    if args.explain and not args.model:
+        parser.error("--explain needs --model")
+    weights = [getattr(args, f"{task.lower()}_weight") for task in TASKS]
+    if args.stage == "adapt" and not any(weights):
+        parser.error("all three weights are 0: there is nothing to learn")
+    if args.stage == "finetune" and not args.temperature > 0:
+        parser.error(f"--temperature {args.temperature}: must be above 0")
+
+
+def main() -> None:
+    args = parse_arguments()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive a fork
+    transformers_logging.disable_progress_bar()
+    with process_group():
+        if args.explain:
+            lm, tokenizer = load(args.model)
+            model = Llara(lm, make_prompts(tokenizer)).eval()
+            print_explanations(args.explain, explain(model, tokenizer, args.explain))
+        else:
+            train(args)
+
 
 if __name__ == "__main__":
     main()

@@ -1,450 +1,1195 @@
 # SPDX-License-Identifier: MIT
-"""Tests of llara.py and eval.py, each against something that they did not compute: python -m pytest -q test_llara.py"""
-import fcntl, functools, gzip, json, math, os, random, re, shutil, signal, subprocess, sys
+"""Tests of llara.py and eval.py, each against something that they did not compute.
+
+python -m pytest -q test_llara.py
+"""
+
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 from unittest import mock
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}
-import numpy as np, pytest, torch, torch.nn.functional as F
-from safetensors.torch import load_file
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__))
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-import eval as evaluation, llara
-torch.set_num_threads(1)  # as OMP_NUM_THREADS says to launched processes: they must compute the same bits
 
-PROMPTS = llara.Prompts([1, 5], [*range(60, 71), *range(100, 108)], [*range(71, 81), *range(108, 116)])
-PASSAGES = [[(7 * i * i + 11 * j + 3) % 50 + 6 for j in range(n)] for i, n in enumerate((12, 7, 20))]
-FOLLOWING = [[(5 * i + 13 * j + 1) % 50 + 6 for j in range(9)] if i != 1 else [] for i in range(3)]
-EXAMPLES = [(p, sorted(set(p)), sorted(set(f))) for p, f in zip(PASSAGES, FOLLOWING)]
-SENTENCES = re.split(r"(?<=[.:])\s+", topics["assignment"])  # and of "it is" and "and the", no target is left:
-ROWS = [{"input": "§" * (i == 9) + " ".join(SENTENCES[i:i + 1 + i % 5]), "output_summarize": SENTENCES[i] if i % 7 else
-         "it is", "output_predict": "and the" if i % 3 else SENTENCES[i + 5]} for i in range(40)]
-TEXTS = "无" * 300 + "。" + "句" * 500, "x" * 2000, "word " * 400, "Too short."
-ARTICLES = [*({"title": t, "text": topics[t][:1500]} for t in sorted(topics)[:9]), *({"text": t} for t in TEXTS)]
-PAIRS = [{"query": SENTENCES[i], "pos": SENTENCES[i + 1:i + 2 + i % 2], "neg": SENTENCES[i + 3:i + 3 + i % 4],
-          "answers": 3} for i in range(12)]  # 0 to 3 negatives; many are another query's positive
-RUN = ("--data rows.jsonl --model model --steps 8 --batch-size 8 --micro-batch-size 8 --max-length 140 --lr 1e-3 "
-       "--save-every 3 --workers 0 --output ")  # the 40 rows are 5 steps
-TUNE = ("--stage finetune --data pairs.jsonl --model model --steps 4 --batch-size 6 --group-size 3 --lr 1e-3 "
-        "--workers 0 --query-length 50 --passage-length 80 --temperature 0.1 ")
-KILL = ("import os, llara; save, n = llara.dcp.save, []; llara.dcp.save = lambda *a, **k: "
-        "[n.append(save(*a, **k)), n[1:] and os.kill(os.getpid(), 9)]; llara.main()")  # before the second has its name
-launch = lambda flags: subprocess.run([sys.executable, *flags], capture_output=True, text=True)
-log = lambda folder: [json.loads(line) for line in open(f"{folder}/log.jsonl")]
-same = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-5, check_dtype=False)
+import eval as evaluation
+import llara
 
-def tiny(family, tied=False, vocab_size=128):
+torch.set_num_threads(1)  # as in the processes that are launched: they must compute the same bits
+
+# ---- inputs --------------------------------------------------------------------------------------
+
+# The golden case: three passages, of which the second has no following one.
+PROMPTS = llara.Prompts(
+    prefix=[1, 5],
+    SELF=[*range(60, 71), *range(100, 108)],
+    NEXT=[*range(71, 81), *range(108, 116)],
+)
+PASSAGES = [
+    [(7 * i * i + 11 * j + 3) % 50 + 6 for j in range(n)] for i, n in enumerate((12, 7, 20))
+]
+FOLLOWING = [[(5 * i + 13 * j + 1) % 50 + 6 for j in range(9)] for i in range(3)]
+FOLLOWING[1] = []
+EXAMPLES = [
+    (passage, sorted(set(passage)), sorted(set(following)))
+    for passage, following in zip(PASSAGES, FOLLOWING, strict=True)
+]
+
+SENTENCES = re.split(r"(?<=[.:])\s+", topics["assignment"])
+# Some targets are empty, and "it is" and "and the" leave nothing once stop words are gone.
+ROWS = [
+    {
+        "input": " ".join(SENTENCES[i : i + 1 + i % 5]),
+        "output_summarize": SENTENCES[i] if i % 7 else "it is",
+        "output_predict": "and the" if i % 3 else SENTENCES[i + 5],
+    }
+    for i in range(40)
+]
+ARTICLES = [{"title": name, "text": topics[name][:1500]} for name in sorted(topics)[:9]]
+PAIRS = [  # 0 to 3 negatives; many are another query's positive
+    {
+        "query": SENTENCES[i],
+        "pos": SENTENCES[i + 1 : i + 2 + i % 2],
+        "neg": SENTENCES[i + 3 : i + 3 + i % 4],
+    }
+    for i in range(12)
+]
+
+
+def write_rows(path, rows):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tiny_model(family="llama", tied=False, vocab_size=128, **settings):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        family, vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, initializer_range=0.2, bos_token_id=0, pad_token_id=None,
-        tie_word_embeddings=tied), attn_implementation="sdpa").eval()
+    if family != "falcon":  # whose size of a head follows from the others
+        settings["head_dim"] = 8
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        initializer_range=0.2,
+        bos_token_id=0,
+        pad_token_id=None,
+        tie_word_embeddings=tied,
+        **settings,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
-def write(file, rows):
-    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    Path(file).write_bytes(gzip.compress(text) if file.endswith(".gz") else text)
+
+def assert_same(a, b, atol=1e-5):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol, check_dtype=False)
+
 
 @pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):  # every test runs in one folder, with a tiny model and with data
-    os.chdir(tmp_path_factory.mktemp("home")), torch.manual_seed(0)
-    llara.small_model((row["input"] for row in ROWS), "model", 400)
-    write("rows.jsonl", ROWS), write("articles.jsonl", ARTICLES), write("pairs.jsonl", PAIRS)
+def home(tmp_path_factory):
+    """Every test runs in one folder, with a tiny model of 400 tokens and with data."""
+    os.chdir(tmp_path_factory.mktemp("home"))
+    torch.manual_seed(0)
+    llara.make_small_model((row["input"] for row in ROWS), Path("model"), 400)
+    write_rows("rows.jsonl", ROWS)
+    write_rows("articles.jsonl", ARTICLES)
+    write_rows("pairs.jsonl", PAIRS)
 
-def main(flags):  # in this process: a launch costs seconds
-    with mock.patch.object(sys, "argv", ["llara.py", *flags.split()]):
-        llara.main()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def two_ranks(*command):
-    done = launch(["-m", "torch.distributed.run", "--nproc-per-node=2", *map(str, command)])
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained("model")
 
-def refused(flags):  # -> what main() says. For a str in SystemExit, Python prints it and exits with code 1
-    with pytest.raises(SystemExit, match="^llara.py: [^\n]*$") as exit:
-        main(flags)
-    return exit.value.code
 
-def same_run(a, b, tolerance):  # step for step, and at the end; 0: bit for bit
-    for key in log(b)[0].keys() - {"tokens/s", "padding", "GB"}:
-        np.testing.assert_allclose([row[key] for row in log(a)], [row[key] for row in log(b)], rtol=tolerance)
-    a, b = load_file(f"{a}/model.safetensors"), load_file(f"{b}/model.safetensors")
-    apart = torch.cat([(a[name] - b[name]).abs().flatten() for name in a.keys() | b.keys()])
-    # AdamW divides by the size of the gradient: where that is nearly 0, for a weight in 10,000, rounding shows in full.
-    assert (apart > tolerance).float().mean() <= 1e-4 * (tolerance > 0) and apart.max() <= 20 * tolerance
+# ---- one pass is two -----------------------------------------------------------------------------
 
-def steps(data="rows.jsonl", flags="", **ranks):
-    adapt = "--max-length 140 --batch-size 8 " if "--stage" not in flags else ""
-    args, tokenizer = llara.arguments(f"{adapt}--micro-batch-size 2 {flags}".split()), llara.load("model")[1]
-    lines, dataset, _ = llara.STAGES[args.stage]
-    return dataset(lines([data]), tokenizer, llara.make_prompts(tokenizer), args, **ranks)
 
-def test_golden():
-    """Losses, gradient norms, embeddings: those of the released code. More padding and another split change nothing."""
-    lm = tiny("llama")
-    for k, (name, p) in enumerate(sorted(lm.named_parameters())):
-        i = np.arange(p.numel(), dtype=np.float64)
-        w = np.sin(0.7 * (k + 1) + i * (0.61803398875 + 0.01 * k))
-        p.data = torch.tensor(1 + 0.1 * w if "norm" in name else 0.25 * w, dtype=torch.float32).view(p.shape)
-    model, whole = llara.Llara(lm, PROMPTS), llara.collate(EXAMPLES, PROMPTS)
-    split = [{**llara.collate([example], PROMPTS), "counts": whole["counts"]} for example in EXAMPLES]
-    golden = 5.132088661, 3.322822911, 0.487182558, 0.161732256, 0.485728353, 0.198733825, 5.618544102, 3.340850842
-    for batches in ([whole], [{**whole, "input_ids": F.pad(whole["input_ids"], (0, 9), value=3)}], split):
-        for term, (loss, norm) in enumerate(zip(golden[::2], golden[1::2])):
-            model.zero_grad()
-            losses = sum(map(model, batches))
-            value = [*losses * torch.tensor([1, 0.1, 0.1]), llara.total_loss(losses, whole["counts"])][term]
-            value.backward()
-            assert value.item() == pytest.approx(loss, abs=1e-5)
-            assert torch.cat([p.grad.flatten() for p in lm.parameters()]).norm().item() == pytest.approx(norm, rel=1e-5)
-    golden = """-0.09080182 0.22346915 0.06946224 -0.00672612   0.24219397 -0.29132545 0.05200180 -0.06596878
-                0.12951507 -0.08678233 0.22707206 -0.21244715   -0.08184583 -0.00093548 0.18424950 -0.18297526
-                -0.30749780 -0.06796909 -0.04357943 -0.28528449   -0.08391397 0.14070702 0.11679310 0.07219057"""
-    rows = [[*PROMPTS.prefix, *passage, *prompt] for prompt in PROMPTS[1:] for passage in PASSAGES]
-    embeddings = model.embed(llara.pad(rows), torch.tensor([*map(len, rows)]))
-    same(embeddings[:, :4].flatten(), torch.tensor([*map(float, golden.split())]))
+def test_mask_is_the_picture():
+    """Two rows, by hand: prefix and passage p, SELF s, NEXT n; a line for each that looks."""
+    mask, positions = llara.joint_mask(torch.tensor([3, 2]), self_length=2, length=7)
+    first = [  # p p p s s n n
+        "1000000",
+        "1100000",
+        "1110000",
+        "1111000",
+        "1111100",
+        "1110010",
+        "1110011",
+    ]
+    second = [  # p p s s n n, and a pad
+        "1000000",
+        "1100000",
+        "1110000",
+        "1111000",
+        "1100100",
+        "1100110",
+    ]
+    for seen, picture in ((mask[0, 0], first), (mask[1, 0], second)):
+        for row, line in zip(seen, picture, strict=False):
+            assert "".join(str(int(cell)) for cell in row) == line
+    assert positions[0].tolist() == [0, 1, 2, 3, 4, 3, 4]  # NEXT begins where SELF does
+    assert positions[1, :6].tolist() == [0, 1, 2, 3, 2, 3]
+
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gpt_neox"])
 def test_one_pass_is_two(family, tied):
-    """States and logits against separate passes of the bare model, without padding, mask or positions."""
-    lm, batch = tiny(family, tied), llara.collate(EXAMPLES, PROMPTS)
-    mask, positions = llara.joint_mask(batch["lengths"] + 2, 19, batch["input_ids"].shape[1])
-    joint = lm(batch["input_ids"], mask, positions, use_cache=False, output_hidden_states=True)
+    """The joint pass gives the states of two passes of the bare model, without our mask."""
+    lm = tiny_model(family, tied)
+    batch = llara.collate(EXAMPLES, PROMPTS)
+    mask, positions = llara.joint_mask(batch["self_start"], 19, batch["input_ids"].shape[1])
+    joint = llara.final_states(
+        lm, input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions
+    )
     for i, passage in enumerate(PASSAGES):
-        for prompt, end in zip(PROMPTS[1:], (21 + len(passage), 39 + len(passage))):
-            alone = lm(torch.tensor([[*PROMPTS.prefix, *passage, *prompt]]), output_hidden_states=True)
-            same(joint.logits[i, end - 8:end], alone.logits[0, -8:])
-            same(joint.hidden_states[-1][i, end - 8:end], alone.hidden_states[-1][0, -8:])
+        for prompt, columns in ((PROMPTS.SELF, "self_columns"), (PROMPTS.NEXT, "next_columns")):
+            ids = torch.tensor([[*PROMPTS.prefix, *passage, *prompt]])
+            alone = lm(ids, output_hidden_states=True).hidden_states[-1]
+            assert_same(joint[i, batch[columns][i]], alone[0, -8:])
 
-def test_mask_cell_by_cell():
-    """prefix and passage p, SELF s, NEXT n, pad x: the table is written by hand, a row for each token that looks."""
-    mask, positions = llara.joint_mask(torch.tensor([3, 2]), 2, 8)  # ppp ss nn x  and  pp ss nn xx
-    for looks, table in zip(mask[:, 0], ("10000000 11000000 11100000 11110000 11111000 11100100 11100110",
-                                         "10000000 11000000 11100000 11110000 11001000 11001100")):
-        assert looks[:len(table.split())].tolist() == [[cell == "1" for cell in row] for row in table.split()]
-    assert positions[0, :7].tolist() == [0, 1, 2, 3, 4, 3, 4] and positions[1, :6].tolist() == [0, 1, 2, 3, 2, 3]
 
-def test_losses():
-    """Cross entropy and gradients against PyTorch's; bag and total losses and levels against plain Python."""
-    h, w, y = torch.randn(12, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True), torch.arange(12)
-    for chunk in (1, 5, 12, 512):
-        losses = llara.ChunkedCrossEntropy.apply(h, w, y, chunk), F.cross_entropy(h @ w.T, y, reduction="sum")
-        same(*([loss, *torch.autograd.grad(3 * loss, (h, w))] for loss in losses), atol=1e-4)
-    z, bags, loss = torch.randn(3, 8, 10), [[1, 4, 9], [], [0]], 0.0
-    for row, bag in zip(z.tolist(), bags):
-        top = [max(position[v] for position in row) for v in range(10)]
-        loss += sum(math.log(sum(map(math.exp, top))) - top[v] for v in bag) / max(1, len(bag))
-    assert llara.bag_loss(z, llara.pad(bags, -100)).item() == pytest.approx(loss, rel=1e-5)
-    for counts, ebae, ebar, total in ((9, 2, 3), 3., 1., 10.6), ((9, 2, 0), 3., 0., 10.9), ((9, 0, 0), 0., 0., 10.):
-        same(llara.total_loss(torch.tensor([5, ebae, ebar]), torch.tensor(counts), 2, 0.3), torch.tensor(total))
-    # Unigram levels. AR: 3 of 4 tokens are 0. EBAE: half and all of two bags is 0, 3/4 as well. EBAR: one bag, of two
-    levels = llara.unigram_levels([("a:1", [0, 0, 1], [0, 1], [2, 3]), ("a:2", [0], [0], [])], 5)
-    np.testing.assert_allclose(levels, [*[-0.75 * math.log(0.75) - 0.25 * math.log(0.25)] * 2, math.log(2)])
+# ---- the released code's numbers -----------------------------------------------------------------
 
-def test_targets():
-    """Unique, of the window that the model sees, no stop words (against a regular expression); a "<s1>" is text."""
-    assert llara.content_words("The cat's 2nd_hat -- isn't ON; été.") == "cat 2nd hat été"
-    text = "The parser <s1> and the parser </s> of it. " + "assignment " * 300
-    write("targets.jsonl", [{"input": text, "output_summarize": text, "output_predict": "This is THE __ and!"}])
-    (_, passage, target, following), = (made := steps("targets.jsonl")).examples([0])
-    seen = made.tokenizer.decode(passage)
-    assert len(passage) == 140 - sum(map(len, made.prompts)) and text.startswith(seen) and "<s1>" in seen
-    words = " ".join(re.sub(r"\W+|\b(the|and|of|it)\b", " ", seen, flags=re.I).split())
-    assert target == sorted(set(made.tokenizer(words, add_special_tokens=False).input_ids)) and following == []
-    assert not set(made.tokenizer.all_special_ids) & {*passage, *target}
+GOLDEN_LOSSES = {  # name: the loss, and the norm of its gradient
+    "AR": (5.132088661, 3.322822911),
+    "0.1 EBAE": (0.487182558, 0.161732256),
+    "0.1 EBAR": (0.485728353, 0.198733825),
+    "total": (5.618544102, 3.340850842),
+}
+GOLDEN_SELF = [
+    [-0.09080182, 0.22346915, 0.06946224, -0.00672612],
+    [0.24219397, -0.29132545, 0.05200180, -0.06596878],
+    [0.12951507, -0.08678233, 0.22707206, -0.21244715],
+]
+GOLDEN_NEXT = [
+    [-0.08184583, -0.00093548, 0.18424950, -0.18297526],
+    [-0.30749780, -0.06796909, -0.04357943, -0.28528449],
+    [-0.08391397, 0.14070702, 0.11679310, 0.07219057],
+]
 
-def test_both_formats():
-    """Adjacent passages make an example, and joined they are the article; .gz, more files, a folder change nothing."""
-    files = {"many/a.jsonl": ARTICLES[:6], "many/b.jsonl.gz": ARTICLES[6:], "rows.jsonl.gz": ROWS}
-    Path("many").mkdir(), *(write(*file) for file in files.items())
-    many = llara.Articles(["many"], "."), llara.Articles(["rows.jsonl.gz"])
-    tokenizer = AutoTokenizer.from_pretrained("model")
-    examples = [lines.example(i) for lines in many for i in range(lines.count(tokenizer, 60))]
-    for name, row in ((f"{file}:{i}", row) for file, rows in files.items() for i, row in enumerate(rows, 1)):
-        mine = [example[1:] for example in examples if example[0] == name]
-        if "input" in row or row == ARTICLES[-1]:  # this one is too short for two passages
-            assert mine == [tuple(row.values())] * ("input" in row)
-        else:
-            passages = [mine[0][0], *(following for _, _, following in mine)]
-            assert [(a, a, b) for a, b in zip(passages, passages[1:])] == mine
-            assert "".join("".join(passages).split()) == "".join((row.get("title", "") + row["text"]).split())
-    assert [llara.boundary("One two. Three four. Five six.", k, 3) for k in range(4)] == [0, 9, 21, 30]  # sentence ends
 
-def test_order():
-    """1, 2 and 4 ranks do the same micro-batches, of like lengths; each epoch is another permutation of all rows."""
-    def micros(*items):
-        return sorted(str(m["input_ids"].tolist()) for item in items for m in item["micros"])
-    one, wide = steps(), steps(flags="--batch-size 16")  # whose step 2 reaches into the second epoch
-    items = [one[step] for step in range(10)]  # 5 steps of 8 are an epoch
-    for step, world in ((9, 4), (0, 2), (4, 4)):  # a step does not depend on those before it
-        ranks = [steps(rank=rank, world=world)[step] for rank in range(world)]
-        assert micros(*ranks) == micros(items[step]) and {len(rank["micros"]) for rank in ranks} == {4 // world}
-    for item in items:
-        bounds = [f(m["lengths"].tolist()) for m in item["micros"] for f in (max, min)]
-        assert bounds == sorted(bounds, reverse=True)
-    names = [sum(item["lines"], []) for item in items]
-    assert sorted(sum(names[:5], [])) == sorted(sum(names[5:], [])) == sorted(f"rows.jsonl:{i + 1}" for i in range(40))
-    assert names[:5] != names[5:]
-    assert all(set(sum(wide[i]["lines"], [])) == {*names[2 * i], *names[2 * i + 1]} for i in range(5))
+@pytest.fixture
+def golden_model():
+    """A Llama whose weights are a formula."""
+    lm = tiny_model("llama")
+    for k, (name, weight) in enumerate(sorted(lm.named_parameters())):
+        i = np.arange(weight.numel(), dtype=np.float64)
+        wave = np.sin(0.7 * (k + 1) + i * (0.61803398875 + 0.01 * k))
+        values = 1 + 0.1 * wave if "norm" in name else 0.25 * wave
+        weight.data = torch.tensor(values, dtype=torch.float32).view(weight.shape)
+    return llara.Llara(lm, PROMPTS)
 
-def direct(item, lm, prompts, args):  # all embeddings in one graph
-    ids = {int(row): ids[:n].tolist() for micro in item["micros"] for row, ids, n in zip(*micro)}
-    vectors = torch.stack([F.normalize(lm.base_model(torch.tensor([ids[i]])).last_hidden_state[0, -8:].mean(0), dim=0)
-                           for i in range(len(ids))])
-    n = args.batch_size
-    scores = (vectors[:n] @ vectors[n:].T / args.temperature).masked_fill(item["excluded"], -math.inf)
-    return -scores.log_softmax(1)[range(n), range(n)].mean()
 
-def test_contrastive():
-    """The loss against the formula in plain Python; cached gradients against those of a single graph."""
-    draw = torch.Generator().manual_seed(0)
-    q, p = (F.normalize(torch.randn(n, 6, generator=draw), dim=1) for n in (3, 7))
-    excluded, expected, hits = torch.zeros(3, 7, dtype=torch.bool), 0, 0
+@pytest.mark.parametrize("layout", ["as it is", "with more padding", "in micro-batches"])
+def test_losses_are_those_of_the_released_code(golden_model, layout):
+    """Losses and gradients, however the batch is padded or split."""
+    whole = llara.collate(EXAMPLES, PROMPTS)
+    batches = [whole]
+    if layout == "with more padding":
+        whole["input_ids"] = F.pad(whole["input_ids"], (0, 9), value=3)
+    if layout == "in micro-batches":
+        batches = [llara.collate([example], PROMPTS) for example in EXAMPLES]
+        for batch in batches:
+            batch["counts"] = whole["counts"]  # of the global batch
+    for name, (loss, norm) in GOLDEN_LOSSES.items():
+        golden_model.zero_grad()
+        ar, ebae, ebar = losses = sum(golden_model(batch) for batch in batches)
+        terms = {"AR": ar, "0.1 EBAE": 0.1 * ebae, "0.1 EBAR": 0.1 * ebar}
+        term = terms.get(name, llara.total_loss(losses))
+        term.backward()
+        gradient = torch.cat([p.grad.flatten() for p in golden_model.parameters()])
+        assert term.item() == pytest.approx(loss, abs=1e-5)
+        assert gradient.norm().item() == pytest.approx(norm, rel=1e-5)
+
+
+def test_embeddings_are_those_of_the_released_code(golden_model):
+    for prompt, golden in ((PROMPTS.SELF, GOLDEN_SELF), (PROMPTS.NEXT, GOLDEN_NEXT)):
+        rows = [[*PROMPTS.prefix, *passage, *prompt] for passage in PASSAGES]
+        lengths = torch.tensor([len(row) for row in rows])
+        embeddings = golden_model.embed(llara.pad(rows), lengths)
+        assert_same(embeddings[:, :4], torch.tensor(golden))
+        assert_same(embeddings.norm(dim=1), torch.ones(3))
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+
+def test_bag_loss_is_its_formula():
+    """Against plain Python: maximum over positions, log softmax, mean over a row's words."""
+    logits = torch.randn(3, 8, 10)
+    bags = [[1, 4, 9], [], [0]]
+    expected = 0.0
+    for positions, bag in zip(logits.tolist(), bags, strict=True):
+        highest = [max(position[v] for position in positions) for v in range(10)]
+        log_sum = math.log(sum(math.exp(z) for z in highest))
+        if bag:
+            expected += sum(log_sum - highest[v] for v in bag) / len(bag)
+    assert llara.bag_loss(logits, llara.pad(bags, -100)).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12, 512])
+def test_chunked_cross_entropy_is_cross_entropy(chunk):
+    """Loss and both gradients are PyTorch's, whatever the chunk."""
+    hidden = torch.randn(12, 8, requires_grad=True)
+    weight = torch.randn(20, 8, requires_grad=True)
+    targets = torch.arange(12)
+    ours = llara.chunked_cross_entropy(hidden, weight, targets, chunk)
+    theirs = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    assert_same(ours, theirs, atol=1e-4)
+    our_gradients = torch.autograd.grad(3 * ours, (hidden, weight))
+    their_gradients = torch.autograd.grad(3 * theirs, (hidden, weight))
+    assert_same(our_gradients, their_gradients, atol=1e-4)
+
+
+def test_chunked_cross_entropy_in_float64_and_frozen():
+    """Exact in float64; no gradient for what is frozen; a second derivative is refused."""
+    hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 6, 3, 3, 1])
+
+    def loss(h, w):
+        return llara.chunked_cross_entropy(h, w, targets, 2)
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
+    loss(hidden, weight.detach()).backward()
+    assert weight.grad is None and hidden.grad is not None
+    squared = loss(hidden, weight).square()
+    (first,) = torch.autograd.grad(squared, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+    with pytest.raises(ValueError, match="5 states for 4 targets"):
+        llara.chunked_cross_entropy(hidden, weight, targets[:4])
+
+
+def test_a_task_that_is_off_is_not_computed(golden_model):
+    batch = llara.collate(EXAMPLES, PROMPTS)
+    with mock.patch.object(llara, "bag_loss", side_effect=AssertionError("computed")):
+        losses = golden_model(batch, tasks=["AR"])
+    assert losses[0].item() == pytest.approx(5.132088661, abs=1e-5)
+    assert losses[1:].tolist() == [0.0, 0.0]
+
+
+def test_contrastive_loss_is_its_formula():
+    """Against plain Python, with a passage excluded for two of three queries."""
+    queries = F.normalize(torch.randn(3, 6), dim=1)
+    passages = F.normalize(torch.randn(7, 6), dim=1)
+    excluded = torch.zeros(3, 7, dtype=torch.bool)
     excluded[1, 6] = excluded[0, 1] = True
+    expected = 0.0
+    hits = 0
     for i in range(3):
-        scores = {j: sum(a * b for a, b in zip(q[i].tolist(), p[j].tolist())) / 0.05 for j in range(7)
-                  if not excluded[i, j]}
-        expected += (math.log(sum(map(math.exp, scores.values()))) - scores[i]) / 3
+        scores = {j: float(queries[i] @ passages[j]) / 0.05 for j in range(7) if not excluded[i, j]}
+        log_sum = math.log(sum(math.exp(score) for score in scores.values()))
+        expected += (log_sum - scores[i]) / 3
         hits += max(scores, key=scores.get) == i
-    loss, accuracy = llara.contrastive_loss(q, p, excluded, 0.05)
-    assert loss.item() == pytest.approx(expected, rel=1e-5) and accuracy.item() == pytest.approx(hits / 3)
-    groups, lm = steps("pairs.jsonl", TUNE), llara.load("model")[0]
-    with mock.patch.object(llara, "dist", mock.Mock(**{"get_world_size.return_value": 1})):
-        terms, _ = llara.finetune(llara.Llara(lm, groups.prompts), groups[0], groups.args)
-    mine = [p.grad.clone() for p in lm.parameters()]
-    loss = direct(groups[0], lm, groups.prompts, groups.args)
-    lm.zero_grad(), loss.backward()
-    same(mine, [p.grad for p in lm.parameters()])
-    assert terms["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    loss, accuracy = llara.contrastive_loss(queries, passages, excluded, 0.05)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert accuracy.item() == pytest.approx(hits / 3)
 
-def test_groups():
-    """One positive a query, its negatives repeated if few; drawn again each epoch; no true passage is a negative."""
-    groups, tokenizer, drawn = steps("pairs.jsonl", TUNE), AutoTokenizer.from_pretrained("model"), []
-    for step in range(8):  # two steps are an epoch
-        item = groups[step]
-        assert str(item) == str(steps("pairs.jsonl", TUNE)[step])
-        ids = {int(row): ids[:n].tolist() for micro in item["micros"] for row, ids, n in zip(*micro)}
-        row = [PAIRS[int(name.split(":")[1]) - 1] for name in item["lines"]]
-        known = {str(llara.sequences(tokenizer, [text], groups.prompts, "SELF", 80)[0]): text for text in SENTENCES}
-        passages = [known[str(ids[i])] for i in range(6, len(ids))]
-        assert [ids[i] for i in range(6)] == llara.sequences(
-            tokenizer, [r["query"] for r in row], groups.prompts, "NEXT", 50)
-        drawn.append({})
-        for q, (r, own, excluded) in enumerate(zip(row, passages, item["excluded"].tolist())):
-            before = 6 + sum(2 for r in row[:q] if r["neg"])  # the passages of queries, then the hard negatives
-            hard = passages[before:before + 2 * bool(r["neg"])]
-            assert own in r["pos"] and set(hard) <= set(r["neg"]) and len(set(hard)) == min(2, len(r["neg"]))
-            assert excluded == [j != q and text in r["pos"] for j, text in enumerate(passages)]
-            drawn[-1][r["query"]] = [own, hard]
-        assert len(passages) == 6 + sum(2 for r in row if r["neg"])
-    assert any(item["excluded"].any() for item in map(groups.__getitem__, range(4)))
-    assert {**drawn[0], **drawn[1]} != {**drawn[2], **drawn[3]}
 
-def test_finetune():
-    """Two ranks against one, other micro-batches too; a retriever that encode reads."""
-    main(TUNE + "--output tuned --micro-batch-size 50")
-    two_ranks(llara.__file__, *(TUNE + "--output tuned2 --micro-batch-size 5").split())
-    same_run("tuned2", "tuned", 2e-5)
+class MeanPooled(nn.Module):
+    """Any encoder will do for `contrastive_step`: this one is not ours. It has dropout."""
 
-def test_load():
-    """bfloat16 without <s1>..<s16> becomes float32 with 16 mean rows; saved and loaded, it stays as it is."""
-    with mock.patch.object(llara, "SPECIAL", []):
-        llara.small_model([], "plain", 257)
-    plain = tiny("llama", vocab_size=257).to(torch.bfloat16)
-    plain.save_pretrained("plain")
-    lm, tokenizer = llara.load("plain")
-    assert {p.dtype for p in lm.parameters()} == {torch.float32} and lm.config._attn_implementation == "sdpa"
-    for old, new in (plain.model.embed_tokens, lm.model.embed_tokens), (plain.lm_head, lm.lm_head):
-        same(new.weight, torch.cat([old.weight.float(), old.weight.float().mean(0).expand(16, -1)]), atol=1e-7)
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(30, 6)
+
+    def forward(self, ids):
+        return F.normalize(F.dropout(self.table(ids), 0.3).mean(dim=1), dim=1)
+
+
+def test_contrastive_step_is_one_graph_of_everything():
+    """Cached gradients equal direct ones, dropout included; the caller's generator is untouched."""
+    model = MeanPooled()
+    ids = torch.randint(0, 30, (7, 5))  # 3 queries, 4 passages
+    excluded = torch.zeros(3, 4, dtype=torch.bool)
+    rows = [torch.tensor([0, 4]), torch.tensor([5, 1, 6]), torch.tensor([2, 3])]
+    before = torch.get_rng_state()
+    step_loss, _ = llara.contrastive_step(
+        model, [(some, (ids[some],)) for some in rows], excluded, 0.1, seed=5
+    )
+    assert torch.equal(before, torch.get_rng_state())
+    cached = model.table.weight.grad.clone()
+    model.zero_grad()
+    vectors = [None] * 7
+    for i, some in enumerate(rows):
+        torch.manual_seed(5 + i)
+        for row, vector in zip(some.tolist(), model(ids[some]), strict=True):
+            vectors[row] = vector
+    vectors = torch.stack(vectors)
+    loss, _ = llara.contrastive_loss(vectors[:3], vectors[3:], excluded, 0.1)
+    loss.backward()
+    assert step_loss == pytest.approx(loss.item(), abs=1e-5)
+    assert_same(cached, model.table.weight.grad)
+
+
+def test_unigram_levels_by_hand():
+    """AR: 3 of 4 tokens are 0. EBAE: half and all of two bags: 3/4 as well. EBAR: one bag."""
+    examples = [([0, 0, 1], [0, 1], [2, 3]), ([0], [0], [])]
+    entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    levels = llara.unigram_levels(examples, vocab_size=5)
+    np.testing.assert_allclose(levels, [entropy, entropy, math.log(2)])
+
+
+def test_learning_rate():
+    """Up over the first tenth, down to nearly 0, and never 0 at a step."""
+    rates = [llara.get_lr(step, steps=20, peak=1.0, warmup=0.1) for step in range(20)]
+    assert rates[:3] == [0.5, 1.0, pytest.approx(18 / 19)]
+    assert rates[-1] == pytest.approx(1 / 19)
+
+
+# ---- prompts and words ---------------------------------------------------------------------------
+
+
+def test_pooling_follows_the_prompts(tokenizer):
+    """Four tokens, or one </s>, instead of eight: the number is derived from the prompt."""
+    assert llara.make_prompts(tokenizer).pooled == 8
+    four = llara.make_prompts(tokenizer, '", so: <s1><s2><s3><s4>', '", then: <s5><s6><s7><s8>')
+    assert four.pooled == 4
+    assert four.NEXT[-4:] == tokenizer.convert_tokens_to_ids(["<s5>", "<s6>", "<s7>", "<s8>"])
+    assert llara.make_prompts(tokenizer, '", same: </s>', '", next: </s>').pooled == 1
+    columns = llara.collate([([7, 8], [7], [])], four)["self_columns"]
+    assert columns.shape == (1, 4)
+
+
+def test_half_changed_prompts_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="SELF ends with 2 special tokens, NEXT with 8"):
+        llara.make_prompts(tokenizer, '", so: <s1><s2>')
+    with pytest.raises(ValueError, match="not one token each"):
+        llara.make_prompts(tokenizer, '", so: <s1><s99>')
+    with pytest.raises(ValueError, match="does not end with its special tokens"):
+        llara.make_prompts(tokenizer, '", so: <s1> <s2>', '", then: <s3> <s4>')
+
+
+def test_prefix_takes_bos_and_never_eos(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    special = [("<s1>", tokenizer.convert_tokens_to_ids("<s1>")), ("</s>", 0)]
+    quote = tokenizer('"', add_special_tokens=False).input_ids
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=special)
+    assert llara.make_prompts(tokenizer).prefix == quote
+    tokenizer.bos_token = "<s1>"
+    backend.post_processor = TemplateProcessing(single="<s1> $A </s>", special_tokens=special)
+    assert llara.make_prompts(tokenizer).prefix == [special[0][1], *quote]
+
+
+def test_content_words():
+    """English as in the released code; marks of other scripts belong to their words."""
+    assert llara.content_words("The cat's 2nd_hat -- isn't ON; été.") == "cat 2nd hat été"
+    hindi = "हिन्दी में किताब है।"
+    assert llara.content_words(hindi) == hindi.removesuffix("।")
+    thai = "ภาษาไทย ดีมาก"
+    assert llara.content_words(thai) == thai
+
+
+# ---- rows and passages ---------------------------------------------------------------------------
+
+
+def adaptation(files, tokenizer, rank=0, world=1, **settings):
+    args = {"max_length": 140, "batch_size": 8, "micro_batch_size": 2, "seed": 0} | settings
+    prompts = llara.make_prompts(tokenizer)
+    rows = llara.Rows(files)
+    return llara.Adaptation(rows, tokenizer, prompts, SimpleNamespace(**args), rank, world)
+
+
+def test_folders_and_files_are_found():
+    """*.jsonl and WikiExtractor's files, in sub-folders too; no back-ups, no empty lines."""
+    write_rows("text/AA/wiki_00", ARTICLES[:2])
+    write_rows("text/b.jsonl", ARTICLES[2:3])
+    write_rows("text/b.jsonl.bak", ARTICLES)
+    write_rows("text/wiki_00~", ARTICLES)
+    Path("text/c.jsonl").write_text('\n  \n{"text": "third"}\n')
+    rows = llara.Rows(["text"])
+    assert [rows.place(i) for i in range(len(rows))] == [
+        "text/AA/wiki_00:1",
+        "text/AA/wiki_00:2",
+        "text/b.jsonl:1",
+        "text/c.jsonl:3",
+    ]
+    assert rows[3] == {"text": "third"}
+
+
+def test_passages_of_an_article_are_adjacent(tokenizer):
+    """Each following passage begins where the passage ends: joined, they are the article."""
+    data = adaptation(["articles.jsonl"], tokenizer)
+    covered = ""
+    for example in range(int(data.ends[0])):
+        text, start, end, next_end = data.find_passage(example)
+        covered += text[start:end]
+        assert data.find_passage(example)[0][end:next_end]
+    assert covered + text[end:next_end] == text
+    assert text == f"{ARTICLES[0]['title']}\n{ARTICLES[0]['text']}".strip()
+    assert [llara.boundary("One two. Three four. Five six.", k, 3) for k in range(4)] == [
+        0,
+        9,
+        21,
+        30,
+    ]
+
+
+def test_following_begins_where_the_model_stopped_reading(tokenizer):
+    """A dense script in an English corpus: what is cut from a passage opens the following one."""
+    dense = "".join(chr(0x4E00 + i % 500) for i in range(3000))
+    write_rows("mixed.jsonl", [*ARTICLES, {"text": dense}])
+    data = adaptation(["mixed.jsonl"], tokenizer)
+    first = int(data.ends[-2])
+    numbers = list(range(first, data.n_examples))
+    assert (
+        len(numbers) > 3000 * 3 / data.room / 2
+    )  # three tokens a character: windows fit the script
+    with mock.patch.object(data, "bags", side_effect=lambda texts: texts):
+        examples = data.read_examples(numbers)
+    for number, (ids, own, following) in zip(numbers, examples, strict=True):
+        _, start, _, _ = data.find_passage(number)
+        assert len(ids) <= data.room
+        assert dense[start:].startswith(own)
+        assert dense[start + len(own) :].startswith(following[:5])
+
+
+def test_words_are_those_that_the_model_reads(tokenizer):
+    """EBAE's ids: unique, of the part that was read, no stop words; "<s1>" in a text is text."""
+    text = "The parser <s1> and the parser </s> of it. " + "assignment " * 300
+    row = {"input": text, "output_summarize": text, "output_predict": "This is THE __ and!"}
+    data = adaptation([write_rows("words.jsonl", [row])], tokenizer)
+    ((passage, own, following),) = data.read_examples([0])
+    seen = tokenizer.decode(passage)
+    assert len(passage) == data.room and text.startswith(seen) and "<s1>" in seen
+    words = " ".join(re.sub(r"\W+|\b(the|and|of|it)\b", " ", seen, flags=re.I).split())
+    assert own == sorted(set(tokenizer(words, add_special_tokens=False).input_ids))
+    assert following == []
+    assert not set(tokenizer.all_special_ids) & {*passage, *own}
+
+
+def test_blank_pages_give_no_pair(tokenizer):
+    blank = {
+        "id": "1",
+        "url": "https://en.wikipedia.org/wiki?curid=1",
+        "title": "Blank",
+        "text": "",
+    }
+    write_rows("blank.jsonl", [blank, *ARTICLES, blank])
+    data = adaptation(["blank.jsonl"], tokenizer)
+    per_row = np.diff(data.ends, prepend=0)
+    assert per_row[0] == per_row[-1] == 0 and data.n_examples > 0
+    with pytest.raises(llara.BadInput, match="no text is longer than a passage"):
+        adaptation([write_rows("blanks.jsonl", [blank] * 3)], tokenizer)
+
+
+def test_counts_are_64_bits_wide(tokenizer):
+    """A row of 3 MB has its passages; positions in a file can be beyond 2^31."""
+    data = adaptation(
+        [write_rows("long.jsonl", [{"text": "a word and more. " * 180_000}])], tokenizer
+    )
+    assert data.n_examples > 3e6 / 17 * 4 / data.room
+    assert data.ends.dtype == data.rows.starts.dtype == data.rows.lengths.dtype == np.int64
+
+
+def test_order_of_examples():
+    """An epoch is a permutation, another each time; a step is the same whatever came before."""
+    steps = [llara.global_batch(step, batch_size=8, seed=0, n=20) for step in range(5)]
+    places = [place for step in steps for place in step]
+    for epoch in (0, 1):
+        assert sorted(i for e, i in places if e == epoch) == list(range(20))
+    assert [i for _, i in places[:20]] != [i for _, i in places[20:]]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_share_a_step(tokenizer, world):
+    """Together they have the examples of one rank; none of their micro-batches is empty."""
+
+    def examples_of(ranks):
+        items = [
+            adaptation(["rows.jsonl"], tokenizer, rank, ranks, batch_size=9)[3]
+            for rank in range(ranks)
+        ]
+        assert len({len(item) for item in items}) == 1  # as FSDP needs it
+        assert all(micro_batch for item in items for micro_batch in item)
+        return sorted(str(e) for item in items for micro_batch in item for e in micro_batch)
+
+    assert examples_of(world) == examples_of(1)
+
+
+# ---- pairs ---------------------------------------------------------------------------------------
+
+
+def fine_tuning(file, tokenizer, **settings):
+    args = {"batch_size": 6, "micro_batch_size": 4, "group_size": 3, "seed": 0}
+    args |= {"query_length": 50, "passage_length": 80} | settings
+    rows = llara.Rows([file])
+    return llara.FineTuning(rows, tokenizer, llara.make_prompts(tokenizer), SimpleNamespace(**args))
+
+
+def test_pairs_of_a_step(tokenizer):
+    """One positive a query, two of its negatives, repeated if too few, drawn anew each epoch."""
+    data = fine_tuning("pairs.jsonl", tokenizer)
+    draws = []
+    for step in range(4):  # two steps are an epoch
+        queries, passages, excluded = data.draw(step)
+        hard = passages[6:]
+        for q, query in enumerate(queries):
+            row = next(row for row in PAIRS if row["query"] == query)
+            assert passages[q] in row["pos"]
+            if row["neg"]:
+                mine, hard = hard[:2], hard[2:]
+                assert set(mine) <= set(row["neg"])
+                assert len(set(mine)) == min(2, len(row["neg"]))
+            true_for_q = [j != q and passage in row["pos"] for j, passage in enumerate(passages)]
+            assert excluded[q].tolist() == true_for_q
+            draws.append((step // 2, query, passages[q]))
+        assert hard == []
+    epochs = [{(q, p) for epoch, q, p in draws if epoch == number} for number in (0, 1)]
+    assert epochs[0] != epochs[1]
+
+
+def test_rows_of_one_query_share_their_positives(tokenizer):
+    """A true positive is never a negative, though another row of the query names it."""
+    rows = [
+        {"query": "q", "pos": ["first"]},
+        {"query": "q", "pos": ["second"]},
+        {"query": "r", "pos": ["third"]},
+    ]
+    data = fine_tuning(write_rows("twice.jsonl", rows), tokenizer, batch_size=3)
+    queries, passages, excluded = data.draw(0)
+    for q, query in enumerate(queries):
+        for p, passage in enumerate(passages):
+            is_true_of_other = query == "q" and passage in ("first", "second") and p != q
+            assert excluded[q, p] == is_true_of_other
+    assert data.yardstick(0).startswith(f"{(2 * math.log(2) + math.log(3)) / 3:.3f} ")
+
+
+def test_nothing_to_learn_is_refused(tokenizer):
+    data = fine_tuning(
+        write_rows("one.jsonl", [{"query": "q", "pos": ["p"]}]), tokenizer, batch_size=1
+    )
+    with pytest.raises(llara.BadInput, match="no query has a negative"):
+        data[0]
+
+
+# ---- load, save, encode --------------------------------------------------------------------------
+
+
+def save_plain(folder, lm, vocab_size=257):
+    """A model and a tokenizer that know nothing of the prompts' tokens."""
+    with mock.patch.multiple(llara, SELF_PROMPT="", NEXT_PROMPT=""):
+        llara.make_small_model([], Path(folder), vocab_size)
+    lm.save_pretrained(folder)
+    return folder
+
+
+def test_load_adds_the_tokens_as_mean_rows():
+    """bfloat16 without <s1>..<s16> becomes float32, with 16 rows: the mean of the others."""
+    plain = tiny_model(vocab_size=257).to(torch.bfloat16)
+    lm, tokenizer = llara.load(save_plain("plain", plain))
+    assert {p.dtype for p in lm.parameters()} == {torch.float32}
+    assert lm.config._attn_implementation == "sdpa"
+    for old, new in (
+        (plain.model.embed_tokens, lm.model.embed_tokens),
+        (plain.lm_head, lm.lm_head),
+    ):
+        rows = old.weight.float()
+        assert_same(new.weight, torch.cat([rows, rows.mean(0).expand(16, -1)]), atol=1e-7)
     assert tokenizer("<s1><s16>", add_special_tokens=False).input_ids == [257, 272]
-    llara.save(lm, tokenizer, "plain")
-    same(llara.load("plain")[0].state_dict(), lm.state_dict(), atol=0)
 
-def test_encode():
-    """Any batch size, in the order of the texts, cut to a window: against text by text in plain transformers."""
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "spare rows", "a head against its config"])
+def test_what_is_saved_is_what_was_there(kind):
+    lm = tiny_model(
+        tied=kind in ("tied", "a head against its config"),
+        vocab_size=300 if kind == "spare rows" else 257,
+    )
+    folder = save_plain(kind, lm)
+    if kind == "a head against its config":
+        weights = load_file(f"{folder}/model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * 2 + 0.1
+        save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    lm, tokenizer = llara.load(folder)
+    llara.save(lm, tokenizer, f"{folder} again")
+    again, tokenizer_again = llara.load(f"{folder} again")
+    ids = torch.arange(12)[None]
+    assert_same(lm(ids).logits, again(ids).logits, atol=0)
+    texts = ["A llama.", "<s1> is text"]
+    ours, theirs = (
+        llara.encode(*pair, texts) for pair in ((lm, tokenizer), (again, tokenizer_again))
+    )
+    assert (ours == theirs).all()
+
+
+def edit_config(folder, **settings):
+    file = Path(folder, "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    "reason, damage",
+    [
+        ("quantised \\(fp8\\)", {"quantization_config": {"quant_method": "fp8"}}),
+        ("quantised \\(gptq\\)", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+        ("cannot read it", "truncated"),
+        ("cannot read it", "pointer"),
+        ("cannot read it", "bin"),
+        ("LoRA adapters alone", "lora"),
+        ("a GGUF file", "gguf"),
+        ("has no config.json", "empty"),
+        ("no place for \\['model.extra'\\]", "surplus"),
+    ],
+)
+def test_models_that_cannot_be_used(reason, damage, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree("model", folder)
+    weights = folder / "model.safetensors"
+    if isinstance(damage, dict):
+        edit_config(folder, **damage)
+    elif damage == "truncated":
+        os.truncate(weights, 5000)
+    elif damage == "pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    elif damage == "bin":
+        torch.save(load_file(weights), folder / "pytorch_model.bin")
+        weights.unlink()
+    elif damage == "surplus":
+        save_file(load_file(weights) | {"model.extra": torch.ones(1)}, weights, {"format": "pt"})
+    else:
+        (folder / "config.json").unlink()
+        if damage != "empty":
+            (folder / {"lora": "adapter_config.json", "gguf": "m.gguf"}[damage]).write_text("{}")
+    with pytest.raises(llara.BadInput, match=reason) as refusal:
+        llara.load(folder)
+    assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "family, reason, settings",
+    [
+        ("bert", "sees later tokens", {"is_decoder": False}),
+        ("phi", "not a plain matrix", {}),
+        ("falcon", "takes no mask and positions", {"alibi": True}),
+        ("cohere", "scales or caps its logits", {}),
+    ],
+)
+def test_architectures_that_cannot_work(family, reason, settings):
+    """One pass would not equal two, or the loss not be the model's: said on loading."""
+    lm = tiny_model(family, tied=family == "cohere", **settings)
+    if family == "bert":
+        lm.get_output_embeddings = lambda: nn.Linear(32, 128, bias=False)
+    with pytest.raises(llara.BadInput, match=reason):
+        llara.check_architecture("it", lm)
+
+
+def test_lengths_that_a_model_cannot_have():
+    config = tiny_model("mistral", sliding_window=32, max_position_embeddings=64).config
+    llara.check_length("it", config, 32, "--max-length")
+    with pytest.raises(llara.BadInput, match="sliding window of 32"):
+        llara.check_length("it", config, 33, "--max-length")
+    with pytest.raises(llara.BadInput, match="--max-length 65: it has 64 positions"):
+        llara.check_length("it", config, 65, "--max-length")
+
+
+def test_encode_is_text_by_text():
+    """Any batch size, in the order of the texts, cut to a length: against plain transformers."""
     lm, tokenizer = llara.load("model")
-    texts, expected = ["", *(row["input"] for row in ROWS[:8]), ROWS[4]["input"] * 9], []
+    prompts = llara.make_prompts(tokenizer)
+    texts = ["", *(row["input"] for row in ROWS[:8]), ROWS[4]["input"] * 9, "<s1> and </s>"]
+    expected = []
     for text in texts:
-        ids, prompt = (tokenizer(part, add_special_tokens=False).input_ids for part in (text, llara.NEXT))
-        ids = [*tokenizer('"').input_ids, *ids][:200 - len(prompt)] + prompt
-        expected.append(F.normalize(lm.model(torch.tensor([ids])).last_hidden_state[0, -8:].mean(0), dim=0))
-    for size in (1, 3, 32):
-        same(torch.tensor(llara.encode(lm, tokenizer, texts, "next", 200, size)), torch.stack(expected))
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        ids = [*prompts.prefix, *ids][: 200 - len(prompts.NEXT)] + prompts.NEXT
+        states = lm.model(torch.tensor([ids])).last_hidden_state[0, -8:]
+        expected.append(F.normalize(states.mean(0), dim=0))
+    for model in (lm, lm.model):
+        for batch_size in (1, 3, 32):
+            ours = llara.encode(model, tokenizer, texts, "next", 200, batch_size)
+            assert_same(torch.tensor(ours), torch.stack(expected))
 
-def test_split_and_interrupted(monkeypatch):
-    """Micro-batches, a run killed or told to stop, then resumed (bit for bit), two ranks: against an unbroken run."""
-    item = llara.Steps.__getitem__
-    main(RUN + "unbroken"), main(RUN + "micro --micro-batch-size 1")  # lengths differ, and many rows have no target
-    same_run("micro", "unbroken", 2e-5)
-    assert launch(["-c", KILL, *(RUN + "killed").split()]).returncode == -9
-    assert len(log("killed")) == 6 and os.listdir("killed").count("checkpoint-00000003") == 1
-    shutil.copytree("killed", "ranks")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1"), main(RUN + "killed")  # as torchrun --max-restarts does
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT"), same_run("killed", "unbroken", 0)
-    with mock.patch.object(llara.Steps, "__getitem__", lambda self, step: (
-            step == 5 and os.kill(os.getpid(), signal.SIGTERM), item(self, step))[1]):
-        assert "all before step 5 is saved" in refused(RUN + "terminated")
-    main("--resume --output terminated"), same_run("terminated", "unbroken", 0)
-    two_ranks(llara.__file__, *(RUN + "ranks --resume --micro-batch-size 2").split())
-    same_run("ranks", "unbroken", 2e-5)
 
-def test_not_finite():
-    """NaN for a token that only line 10 has: its step stops the run, before the update, and names the line."""
+def test_encode_at_its_edges():
     lm, tokenizer = llara.load("model")
-    lm.config.tie_word_embeddings, lm.lm_head.weight = False, torch.nn.Parameter(lm.lm_head.weight.detach().clone())
-    lm.model.embed_tokens.weight.data[tokenizer("§").input_ids[-1]] = math.nan
+    lm.train()
+    assert llara.encode(lm, tokenizer, "one text").shape == (128,)
+    assert llara.encode(lm, tokenizer, []).shape == (0, 128)
+    assert lm.training
+    with pytest.raises(ValueError, match="unknown"):
+        llara.encode(lm, tokenizer, "a", prompt="passage")
+    with pytest.raises(ValueError, match="2048 positions"):
+        llara.encode(lm, tokenizer, "a", max_length=2049)
+    with pytest.raises(ValueError, match="no room"):
+        llara.encode(lm, tokenizer, "a", max_length=9)
+    lm.model.norm.weight.data[0] = math.inf
+    with pytest.raises(FloatingPointError, match="not finite"):
+        llara.encode(lm, tokenizer, "a")
+
+
+def test_encode_in_two_threads():
+    lm, tokenizer = llara.load("model")
+    lm.eval()
+    texts = {"self": ["short <s1>"] * 5, "next": [ROWS[4]["input"] * 3] * 5}
+    alone = {prompt: llara.encode(lm, tokenizer, texts[prompt], prompt, 90) for prompt in texts}
+    wrong = []
+
+    def work(prompt):
+        for _ in range(20):
+            if not np.array_equal(
+                llara.encode(lm, tokenizer, texts[prompt], prompt, 90), alone[prompt]
+            ):
+                wrong.append(prompt)
+
+    threads = [threading.Thread(target=work, args=(prompt,)) for prompt in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForCausalLM])
+def test_encode_runs_a_compiled_model_compiled(kind, tokenizer):
+    model = kind.from_pretrained("model")
+    compiled_graphs = []
+
+    def backend(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    assert_same(
+        torch.tensor(llara.encode(compiled, tokenizer, ["A llama."])),
+        torch.tensor(llara.encode(model, tokenizer, ["A llama."])),
+    )
+    assert compiled_graphs
+
+
+def test_explain_names_the_likeliest_tokens(golden_model, tokenizer):
+    """By the maximum over the states and by their mean: against logits of a plain pass."""
+    lm, _ = llara.load("model")
+    model = llara.Llara(lm, llara.make_prompts(tokenizer)).eval()
+    (said,) = llara.explain(model, tokenizer, ["assignment of names"], k=3)
+    ids = tokenizer("assignment of names", add_special_tokens=False).input_ids
+    sequence = torch.tensor([model.prompts.around(ids, "self", 512)])
+    with torch.no_grad():
+        logits = lm(sequence).logits[0, -8:]
+    for how, scores in (("max", logits.amax(0)), ("mean", logits.mean(0))):
+        expected = [tokenizer.decode([i]).strip() for i in scores.topk(3).indices.tolist()]
+        assert said[f"SELF, {how}"] == expected
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+ADAPT = (
+    "--data rows.jsonl --model model --steps 8 --batch-size 8 --micro-batch-size 8 "
+    "--max-length 140 --lr 1e-3 --save-every 3 --workers 0 --output "
+)
+FINETUNE = (
+    "--stage finetune --data pairs.jsonl --model model --steps 4 --batch-size 6 --group-size 3 "
+    "--lr 1e-3 --workers 0 --query-length 50 --passage-length 80 --temperature 0.1 --output "
+)
+# Dies in its second checkpoint: when all is written, and nothing has its name yet.
+KILLED = """
+import os, llara
+save = llara.dcp.save
+saved = []
+def save_and_die(*args, **kwargs):
+    saved.append(save(*args, **kwargs))
+    if len(saved) == 2:
+        os.kill(os.getpid(), 9)
+llara.dcp.save = save_and_die
+llara.main()
+"""
+
+
+def run(flags):
+    """main() in this process: to launch one costs seconds."""
+    with mock.patch.object(sys, "argv", ["llara.py", *flags.split()]):
+        llara.main()
+
+
+def launch(*command):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+
+
+def two_ranks(*command):
+    done = launch("-m", "torch.distributed.run", "--nproc-per-node=2", *command)
+    assert done.returncode == 0, done.stderr
+
+
+def refused(capsys, flags):
+    """-> the one sentence that a run ends with."""
+    with pytest.raises(SystemExit) as end:
+        run(flags)
+    assert end.value.code == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("llara.py: ")
+    return said
+
+
+def read_log(folder):
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a, b, tolerance):
+    """Step for step, and at the end. tolerance 0: bit for bit."""
+    keys = read_log(b)[0].keys() - {"tokens/s", "padding", "GB"}
+    for key in keys:
+        values = [[row[key] for row in read_log(folder)] for folder in (a, b)]
+        np.testing.assert_allclose(*values, rtol=tolerance)
+    weights = [load_file(f"{folder}/model.safetensors") for folder in (a, b)]
+    differences = [(weights[0][name] - weights[1][name]).abs().flatten() for name in weights[1]]
+    apart = torch.cat(differences)
+    if tolerance == 0:
+        assert apart.max() == 0
+    else:
+        # AdamW divides by the size of the gradient: where that is nearly 0, rounding shows in full.
+        assert (apart > tolerance).float().mean() <= 1e-4
+        assert apart.max() <= 20 * tolerance
+
+
+@pytest.fixture(scope="module")
+def unbroken(home):
+    run(ADAPT + "unbroken")
+    return "unbroken"
+
+
+def test_micro_batches_change_nothing(unbroken):
+    """Lengths differ, and many rows have no target: a mean of means would show."""
+    run(ADAPT + "micro --micro-batch-size 1")
+    assert_same_run("micro", unbroken, 2e-5)
+
+
+def test_a_killed_run_goes_on(unbroken):
+    """Killed in a save, then --resume: bit for bit the unbroken run; on two ranks, but rounding."""
+    assert launch("-c", KILLED, *(ADAPT + "killed").split()).returncode == -signal.SIGKILL
+    assert len(read_log("killed")) == 6 and Path("killed/checkpoint-00000003").is_dir()
+    shutil.copytree("killed", "ranks")
+    run(ADAPT + "killed --resume")
+    assert_same_run("killed", unbroken, 0)
+    two_ranks(llara.__file__, *(ADAPT + "ranks --resume --micro-batch-size 2").split())
+    assert_same_run("ranks", unbroken, 2e-5)
+
+
+def test_resume_refuses_another_run(unbroken, capsys):
+    assert launch("-c", KILLED, *(ADAPT + "other").split()).returncode == -signal.SIGKILL
+    assert "--lr is 0.01, but it was 0.001" in refused(capsys, ADAPT + "other --resume --lr 1e-2")
+    assert "is finished" in refused(capsys, ADAPT + unbroken + " --resume")
+
+
+def test_output_is_never_overwritten(unbroken, capsys):
+    """Neither a run nor a strange file; a run that failed at once leaves nothing in the way."""
+    before = sorted(Path(unbroken).rglob("*"))
+    assert "nothing is overwritten" in refused(capsys, ADAPT + unbroken)
+    assert sorted(Path(unbroken).rglob("*")) == before
+    Path("strange").mkdir()
+    Path("strange/thesis.tex").write_text("mine")
+    assert "holds thesis.tex" in refused(capsys, ADAPT + "strange")
+    assert "typo.jsonl" in refused(capsys, ADAPT + "again --data typo.jsonl")
+    run(ADAPT + "again --steps 1")
+    assert Path("again/model.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(capsys):
+    """The step is named, and nothing was updated."""
+    lm, tokenizer = llara.load("model")
+    lm.model.norm.weight.data[0] = math.nan
     llara.save(lm, tokenizer, "nan")
-    with mock.patch.object(torch.optim.AdamW, "step", autospec=True, side_effect=torch.optim.AdamW.step) as updates:
-        said = refused(RUN + "broken --model nan --micro-batch-size 1")
-    assert f"step {len(log('broken'))}: " in said and re.findall(r"rows.jsonl:(\d+)", said) == ["10"]
-    assert updates.call_count == len(log("broken")) > 0
+    with (
+        mock.patch.object(torch.optim.AdamW, "step", side_effect=AssertionError("updated")),
+        mock.patch.object(llara, "check_architecture"),
+    ):
+        said = refused(capsys, ADAPT + "broken --model nan")
+    assert "step 0: the loss or its gradient is not finite" in said
 
-def test_command_line(monkeypatch):
-    """From text to a folder that transformers opens, whose README's Python runs and agrees with encode; losses fall."""
-    done, names = launch([llara.__file__, *"--data articles.jsonl --steps 30 --batch-size 16 --output new".split()]), {}
-    assert done.returncode == 0 and "ln V" in done.stdout, done.stderr
-    assert {"loss", "AR", "EBAE", "EBAR", "lr", "grad_norm", "tokens/s"} < {*(rows := log("new"))[29]}
+
+def test_from_text_to_a_model(unbroken):
+    """The losses fall; --valid is logged; a task of weight 0 is not; the card's code is right."""
+    flags = "--data articles.jsonl --valid articles.jsonl --steps 30 --batch-size 16 --output new"
+    run(flags + " --workers 0")
+    log = read_log("new")
     for key in ("AR", "EBAE", "EBAR"):
-        assert np.mean([row[key] for row in rows[-5:]]) < np.mean([row[key] for row in rows[:5]]) - 0.1
-    monkeypatch.chdir("new")
-    exec(re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S).group(1), names)
-    for kind, prompt in (AutoModelForCausalLM, "self"), (AutoModel, "next"):
-        ours, = llara.encode(kind.from_pretrained("."), AutoTokenizer.from_pretrained("."), ["A llama."], prompt)
-        same(torch.tensor(ours), names["embed"]("A llama.", names[prompt.upper()]))
+        first, last = ([row[key] for row in rows] for rows in (log[:5], log[-5:]))
+        assert np.mean(last) < np.mean(first) - 0.1
+        # The held-out rows are those of training here.
+        assert log[-1][f"valid_{key}"] == pytest.approx(np.mean(last), abs=0.5)
+    run(ADAPT + "off --ebar-weight 0 --steps 1")
+    assert "EBAE" in read_log("off")[0] and "EBAR" not in read_log("off")[0]
+    card = re.search(r"```python\n(.*?)```", Path("new/README.md").read_text(), re.S).group(1)
+    names = {}
+    exec(card.replace('"."', '"new"'), names)
+    model, tokenizer = AutoModel.from_pretrained("new"), AutoTokenizer.from_pretrained("new")
+    for text in ("A llama.", "he <s1> said </s> it"):
+        for prompt in ("self", "next"):
+            ours = llara.encode(model, tokenizer, text, prompt)
+            assert_same(torch.tensor(ours), names["embed"](text, names[prompt.upper()]))
+    assert json.loads(Path("new/modules.json").read_text())[0]["type"] == "llara.Sentences"
+    sentences = llara.Sentences("new").eval()
+    features = sentences(sentences.preprocess(["A llama.", "b"], task="query"))
+    ours = llara.encode(model, tokenizer, ["A llama.", "b"], "next")
+    assert_same(torch.tensor(ours), features["sentence_embedding"])
 
-def test_refusals():
-    """Whatever is wrong with rows, files or arguments: one sentence that names it, and nothing is overwritten."""
-    for line in ('{"text": "cut', '{"text": " "}', '{"txt": "a"}', '{"text": "\\ud800"}', '["text"]', '{"text": 3}',
-                 '{"text": "a", "title": 3}', '{"input": "a", "output_predict": "b"}', '{"text": "\xff"}', "[" * 9999):
-        Path("bad.jsonl").write_text('{"text": "good"}\n' + line + '\n{"text": "good"}\n', encoding="latin-1")
-        assert "bad.jsonl:2: " in refused(RUN + "bad --data bad.jsonl --overwrite")
-    Path("void").mkdir(), Path("cut.jsonl.gz").write_bytes(gzip.compress(b"{}" * 999)[:-9])
-    for flags, said in (("--data none.jsonl", "none."), ("--data cut.jsonl.gz", "cut."),
-                        ("--data void", "void: no rows"), ("--model void", "void: ")):
-        assert said in refused(RUN + f"bad --overwrite {flags}")
-    with pytest.raises(llara.BadInput, match="--batch-size 8 leaves some of 9 ranks without work"):
-        steps(world=9)
-    with open("bad/log.jsonl", "a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        assert "another run" in launch([llara.__file__, *(RUN + "bad --overwrite").split()]).stderr
-    os.symlink("../rows.jsonl", "void/metrics.json")
-    assert "void/metrics.json is a symbolic link" in refused(RUN + "void --overwrite")
-    before = sorted(Path(".").rglob("*"))
-    assert "in use" in refused(RUN + ".") and sorted(Path(".").rglob("*")) == before
 
-# ---- eval.py -----------------------------------------------------------------------------------------------------
+def test_fine_tuning_on_two_ranks():
+    """Two ranks and other micro-batches against one."""
+    run(FINETUNE + "tuned --micro-batch-size 50")
+    two_ranks(llara.__file__, *(FINETUNE + "tuned2 --micro-batch-size 5").split())
+    assert_same_run("tuned2", "tuned", 2e-5)
+
+
+BAD_ARTICLES = [
+    '{"text": "cut',
+    '{"txt": "a"}',
+    '{"text": "\\ud800"}',
+    '["text"]',
+    '{"text": 3}',
+    '{"text": "a", "title": 3}',
+    "[" * 9999,
+]
+
+
+@pytest.mark.parametrize("line", BAD_ARTICLES)
+def test_malformed_rows_are_named(line, capsys):
+    Path("bad.jsonl").write_text('{"text": "good"}\n' + line + "\n")
+    assert "bad.jsonl:2: " in refused(capsys, ADAPT + "bad --data bad.jsonl")
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("--data packed.jsonl", "packed.jsonl: compressed: gunzip it first"),
+        ("--data void", "void: no file *.jsonl"),
+        ("--model void", "void: has no config.json"),
+        ("--max-length 20", "--max-length 20: the prompts take"),
+        ("--max-length 3000", "--max-length 3000: model has 2048 positions"),
+    ],
+)
+def test_other_mistakes_are_named(flags, sentence, capsys):
+    Path("packed.jsonl").write_bytes(b"\x1f\x8b\x08packed")
+    Path("void").mkdir(exist_ok=True)
+    assert sentence in refused(capsys, f"{ADAPT}wrong {flags}")
+
+
+# ---- eval.py -------------------------------------------------------------------------------------
+
+
 def trec_cases():
     """Five queries full of ties, negative and zero grades, unjudged and unretrieved documents."""
     r = random.Random(7)
     for q in range(5):
         docs = [f"d{i}" for i in range(30)] + ["D1", "é", "d"]
-        scores = {d: r.choice([0.5, 0.5 + 1e-9, 0.25, -1.0, 2.0]) for d in r.sample(docs, [33, 20, 5, 1, 33][q])}
-        yield {d: r.choice([-1, 0, 0, 1, 2, 3]) for d in r.sample(docs + ["unseen"], 16)}, scores
+        found = r.sample(docs, [33, 20, 5, 1, 33][q])
+        scores = {d: r.choice([0.5, 0.5 + 1e-9, 0.25, -1.0, 2.0]) for d in found}
+        judged = r.sample([*docs, "unseen"], 16)
+        yield {d: r.choice([-1, 0, 0, 1, 2, 3]) for d in judged}, scores
 
-TREC_EVAL = [(0.1852949, 0.2500000, 0.2500000, 1.0000000, 1.0000000, 0.2059753),  # as pytrec_eval has them
-             (0.1977207, 0.3333333, 0.1428571, 0.2857143, 0.2857143, 0.0695971),
-             (0.0689358, 0.3333333, 0.1666667, 0.1666667, 0.1666667, 0.0555556),
-             (0.3189139, 1.0000000, 0.1428571, 0.1428571, 0.1428571, 0.1428571),
-             (0.2400728, 0.5000000, 0.4000000, 1.0000000, 1.0000000, 0.2326944)]
+
+TREC_EVAL = [  # nDCG@10, MRR@10, Recall@10, @100, @1000, MAP@1000, as pytrec_eval has them
+    (0.1852949, 0.2500000, 0.2500000, 1.0000000, 1.0000000, 0.2059753),
+    (0.1977207, 0.3333333, 0.1428571, 0.2857143, 0.2857143, 0.0695971),
+    (0.0689358, 0.3333333, 0.1666667, 0.1666667, 0.1666667, 0.0555556),
+    (0.3189139, 1.0000000, 0.1428571, 0.1428571, 0.1428571, 0.1428571),
+    (0.2400728, 0.5000000, 0.4000000, 1.0000000, 1.0000000, 0.2326944),
+]
+
 
 def test_measure_is_trec_eval():
-    for (grades, scores), expected in zip(trec_cases(), TREC_EVAL):
-        assert list(evaluation.measure(grades, scores).values()) == pytest.approx(expected, abs=1e-6)
-    for grades, scores in ({"a": 1}, {}), ({"a": 0}, {"a": 1}):
-        assert not any(evaluation.measure(grades, scores).values())
+    for (grades, scores), expected in zip(trec_cases(), TREC_EVAL, strict=True):
+        assert list(evaluation.measure(grades, scores).values()) == pytest.approx(
+            expected, abs=1e-6
+        )
+    assert not any(evaluation.measure({"a": 1}, {}).values())
+    assert not any(evaluation.measure({"a": 0}, {"a": 1.0}).values())
 
-@pytest.mark.parametrize("n, k, block", [(700, 20, 64), (700, 20, 1024), (5, 20, 64), (300, 200, 64), (300, 1, 320)])
-def test_search_is_exact_and_orders_ties(n, k, block):
+
+@pytest.mark.parametrize(
+    "n, k, block", [(700, 20, 64), (700, 20, 1024), (5, 20, 64), (300, 1, 320)]
+)
+def test_search_is_exact(n, k, block):
+    """The k best, against sorting all; each name has its score; -1 where there is none."""
     r = np.random.default_rng(n + k)
-    queries, passages = r.integers(-1, 2, (30, 6)).astype("float32"), r.integers(-1, 2, (n, 6)).astype("float16")
-    keys = r.permutation(n)
-    scores, found = evaluation.unpack(evaluation.search(torch.from_numpy(queries), passages, keys, k, block))
+    queries = r.standard_normal((30, 6)).astype(np.float32)
+    passages = r.standard_normal((n, 6)).astype(np.float16)
+    names = r.permutation(n)
+    blocks = [(passages[i : i + block], names[i : i + block]) for i in range(0, n, block)]
+    scores, found = evaluation.search(torch.from_numpy(queries), blocks, k)
+    row_of = {name: row for row, name in enumerate(names.tolist())}
     for i in range(30):
-        every = sorted((-float(queries[i] @ passages[j]), keys[j]) for j in range(n))[:k]
-        assert [(-s, key) for s, key in zip(scores[i].tolist(), found[i].tolist()) if s > -np.inf] == every
+        every = passages.astype(np.float32) @ queries[i]
+        best = np.sort(every)[::-1][:k]
+        np.testing.assert_allclose(scores[i, : len(best)], best, rtol=1e-5)
+        for score, name in zip(scores[i].tolist(), found[i].tolist(), strict=True):
+            if name >= 0:
+                assert score == pytest.approx(every[row_of[name]], rel=1e-5)
+        assert (found[i] >= 0).sum() == min(n, k)
 
-def write_collection(folder, corpus, queries, qrels, split="test"):
-    (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    for name, rows in ("corpus", corpus), ("queries", queries):
-        (folder / f"{name}.jsonl").write_text("".join((r if r == "{" else json.dumps(r)) + "\n" for r in rows))
-    (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + qrels if "\n" in qrels else qrels)
+
+def write_collection(folder, corpus, queries, qrels):
+    write_rows(folder / "corpus.jsonl", corpus)
+    write_rows(folder / "queries.jsonl", queries)
+    (folder / "qrels").mkdir(exist_ok=True)
+    (folder / "qrels/test.tsv").write_text(qrels)
     return folder
+
+
+HEADER = "query-id\tcorpus-id\tscore\n"
+
 
 @pytest.fixture(scope="module")
-def collection(tmp_path_factory):  # a tiny random model, and 700 documents: two chunks
-    folder, r = tmp_path_factory.mktemp("eval"), random.Random(0)
-    texts = [" ".join(r.choices("llama alpaca wool hat sun moon tree".split(), k=r.randint(0, 30))) for _ in range(700)]
-    llara.small_model(texts, folder / "model", vocab_size=400)
-    corpus = [{"_id": f"d{i}", "title": "T" * (i % 2), "text": t} for i, t in enumerate(texts)]
-    queries = [{"_id": f"d{i}", "text": "a hat of wool " + texts[i][:40]} for i in range(0, 40)]
-    qrels = [f"d{i}\td{i + j}\t{j}\n" for i in range(30) for j in range(3)] + ["no\tnone\t1\n"]
-    write_collection(folder / "data", corpus, queries, "".join(qrels))
-    return folder
+def collection(tmp_path_factory):
+    """700 documents; 40 queries of which 30 are judged, and a judged one that is not there."""
+    folder = tmp_path_factory.mktemp("collection") / "data"
+    r = random.Random(0)
+    words = ["llama", "alpaca", "wool", "hat", "sun", "moon", "tree"]
+    texts = [" ".join(r.choices(words, k=r.randint(0, 30))) for _ in range(700)]
+    corpus = [
+        {"_id": f"d{i}", "title": "T" * (i % 2), "text": text} for i, text in enumerate(texts)
+    ]
+    queries = [{"_id": f"d{i}", "text": "a hat of wool " + texts[i][:40]} for i in range(40)]
+    judged = [f"d{i}\td{i + j}\t{j}\n" for i in range(30) for j in range(3)]
+    return write_collection(folder, corpus, queries, HEADER + "".join(judged) + "no\tnone\t1\n\n")
 
-def evaluate(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
-    evaluation.main()
 
-def test_resume_ranks_and_report(collection, monkeypatch, capsys):
-    common = ["--model", collection / "model", "--data", collection / "data", "--skip-identical-ids", "--output"]
-    evaluate(monkeypatch, *common, collection / "one")
-    report = json.loads((collection / "one/metrics.json").read_text())["collections"]["data"]
-    assert "1 judged queries are not in queries.jsonl: they score 0 (no" in capsys.readouterr().out
-    assert len(report["per_query"]) == 31 and report["queries"] == 31 and not any(report["per_query"]["no"].values())
-    lines = [line.split() for line in (collection / "one/run.trec").read_text().splitlines()]
-    assert len(lines) == 30 * 699 and all(q != d for q, _, d, *_ in lines)
-    order = [(q, -np.float32(score)) for q, _, _, _, score, _ in lines]
-    assert all(a[1] <= b[1] for a, b in zip(order, order[1:]) if a[0] == b[0])
-    two_ranks(evaluation.__file__, *common, collection / "two")
-    assert (collection / "two/run.trec").read_bytes() == (collection / "one/run.trec").read_bytes()
-    whole = (file := next((collection / "one").glob("corpus-*"))).read_bytes()
-    os.truncate(file, 600 * 128 * 4 + 5)  # as after a kill: a chunk and a bit
-    calls, embed = [], evaluation.embed
-    monkeypatch.setattr(evaluation, "embed", lambda lm, ids, n: calls.append(len(n)) or embed(lm, ids, n))
-    evaluate(monkeypatch, *common, collection / "one")
-    assert file.read_bytes() == whole and sum(calls) == 700 - 512
-    evaluate(monkeypatch, *common, collection / "one", "--passage-length", "100", "--top-k", "50")
-    assert (collection / "one/run.trec").read_text().count("\n") == 30 * 50  # own ids go before the cut, not after
-    assert file.read_bytes() == whole and len(list((collection / "one").glob("corpus-*"))) == 2  # of another setting
+def evaluate(*args):
+    with mock.patch.object(sys, "argv", ["eval.py", *map(str, args)]):
+        evaluation.main()
 
-def test_encode_is_llara_encode(collection):
-    loaded, texts = evaluation.load(collection / "model", torch.float32, "cpu"), evaluation.Texts(
-        collection / "data/corpus.jsonl")
-    rows, vectors = evaluation.encode(*loaded, texts, range(50), "self", 90, collection / "x", budget=300)
-    expected = llara.encode(*loaded[:2], [texts[i][1] for i in rows], "self", 90)
-    assert sorted(rows) == list(range(50)) and np.abs(vectors - expected).max() < 1e-5
 
-ROW, QUERY, JUDGED = {"_id": "d", "text": "t"}, {"_id": "q", "text": "t"}, "q\td\t1\n"
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(evaluation, "CHUNK", 100)
 
-@pytest.mark.parametrize("sentence, args, corpus, queries, qrels", [
-    ("corpus.jsonl:2: the id 'd' is also that of", "", [ROW, ROW], [QUERY], JUDGED),
-    ("corpus.jsonl: no rows in there", "", [], [QUERY], JUDGED),
-    ("corpus.jsonl:2: not a row", "", [ROW, "{"], [QUERY], JUDGED),
-    ("queries.jsonl:1: not a row", "", [ROW], [{"_id": "a b", "text": ""}], JUDGED),
-    ("test.tsv:1: 'q\\td\\t1' should be a header", "", [ROW], [QUERY], "q\td\t1"),
-    ("test.tsv:2: 'q d 1' should be", "", [ROW], [QUERY], "q d 1\n"),
-    ("test.tsv:2: ", "", [ROW], [QUERY], "q\td\t1.5\n"),
-    ("holds no judgement", "", [ROW], [QUERY], "query-id\tcorpus-id\tscore"),
-    *((sentence, args, [ROW], [QUERY], JUDGED) for args, sentence in {
-        "--split dev": "dev.tsv: cannot be read", "--data nowhere": "nowhere/qrels/test.tsv: cannot be read",
-        "--model nowhere/at/all": "cannot be loaded", "--passage-length 9": "leaves no room",
-        "--top-k 0": "--top-k at least 1"}.items())])
-def test_bad_input_is_a_sentence(collection, tmp_path, monkeypatch, sentence, args, corpus, queries, qrels):
+
+def test_report_and_two_ranks(collection, tmp_path, capsys, monkeypatch):
+    """In trec_eval's order, the same from two ranks; own ids go before the cut to k."""
+    common = ["--model", "model", "--data", collection, "--skip-identical-ids", "--top-k", "50"]
+    evaluate(*common, "--output", tmp_path / "one")
+    said = capsys.readouterr().out
+    assert "1 judged queries are not in queries.jsonl: they score 0 (no" in said
+    report = json.loads((tmp_path / "one/data-test/metrics.json").read_text())
+    assert report["queries"] == len(report["per_query"]) == 31
+    assert not any(report["per_query"]["no"].values())
+    run_file = (tmp_path / "one/data-test/run.trec").read_text()
+    lines = [line.split() for line in run_file.splitlines()]
+    assert len(lines) == 30 * 50
+    assert all(query != document for query, _, document, *_ in lines)
+    for a, b in itertools.pairwise(lines):
+        if a[0] == b[0]:
+            assert (np.float32(a[4]), a[2]) > (np.float32(b[4]), b[2])
+    assert not list((tmp_path / "one").rglob("embeddings-*"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    two_ranks(evaluation.__file__, *common, "--output", tmp_path / "two")
+    assert (tmp_path / "two/data-test/run.trec").read_text() == run_file
+
+
+def test_embeddings_of_a_killed_run_are_used(collection, tmp_path, small_chunks):
+    """What is whole is used, what is damaged or missing made anew; other settings share nothing."""
+    common = ["--model", "model", "--data", collection, "--output", tmp_path, "--keep-embeddings"]
+    evaluate(*common)
+    run_file = (tmp_path / "data-test/run.trec").read_bytes()
+    files = sorted((tmp_path / "data-test").glob("embeddings-*"))
+    assert len(files) == 7
+    os.truncate(files[0], 1000)
+    files[1].unlink()
+    with mock.patch.object(evaluation, "encode", side_effect=evaluation.encode) as encode:
+        evaluate(*common)
+    assert [len(call.args[2]) for call in encode.call_args_list] == [30, 100, 100]  # queries first
+    assert (tmp_path / "data-test/run.trec").read_bytes() == run_file
+    evaluate(*common, "--passage-length", "100")
+    assert len(list((tmp_path / "data-test").glob("embeddings-*"))) == 14
+
+
+def test_mined_pairs(collection, tmp_path):
+    """Positives are judged; negatives come from the ranks asked for, and are no positives."""
+    pairs = tmp_path / "pairs.jsonl"
+    flags = ["--negatives", "4", "--ranks", "5", "20", "--pairs", pairs]
+    evaluate("--model", "model", "--data", collection, "--output", tmp_path, *flags)
+    corpus = evaluation.Texts(collection / "corpus.jsonl")
+    texts = {name: corpus.text(i) for name, i in corpus.row_of.items()}
+    found = {}
+    for line in (tmp_path / "data-test/run.trec").read_text().splitlines():
+        query, _, document, *_ = line.split()
+        found.setdefault(query, []).append(texts[document])
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    assert len(rows) == 30
+    for i, row in enumerate(rows):
+        positives = [texts[f"d{i + 1}"], texts[f"d{i + 2}"]]  # grades 1 and 2
+        assert row["pos"] == [text for text in positives if text]
+        assert len(row["neg"]) == len(set(row["neg"])) <= 4
+        assert set(row["neg"]) <= set(found[f"d{i}"][4:20]) - set(positives)
+
+
+ROW = {"_id": "d", "text": "t"}
+QUERY = {"_id": "q", "text": "t"}
+JUDGED = HEADER + "q\td\t1\n"
+
+
+@pytest.mark.parametrize(
+    "sentence, corpus, queries, qrels",
+    [
+        ("corpus.jsonl:2: the id 'd' is also that of", [ROW, ROW], [QUERY], JUDGED),
+        ("corpus.jsonl: no rows in there", [], [QUERY], JUDGED),
+        ("corpus.jsonl:1: needs", [{"_id": "d"}], [QUERY], JUDGED),
+        ("queries.jsonl:1: the id 'a b'", [ROW], [{"_id": "a b", "text": ""}], JUDGED),
+        ("test.tsv:1: should be a header", [ROW], [QUERY], "q\td\t1\n"),
+        ("test.tsv:2: 'q d 1' is not", [ROW], [QUERY], HEADER + "q d 1\n"),
+        ("test.tsv:2: four columns, as in a TREC file", [ROW], [QUERY], HEADER + "q 0 d 1\n"),
+        ("test.tsv:2: an id is empty or has a space", [ROW], [QUERY], HEADER + "q x\td\t1\n"),
+        ("test.tsv:2: the score '1.5'", [ROW], [QUERY], HEADER + "q\td\t1.5\n"),
+        ("test.tsv:3: q and d are judged twice", [ROW], [QUERY], JUDGED + "q\td\t2\n"),
+        ("holds no judgement", [ROW], [QUERY], HEADER),
+    ],
+)
+def test_malformed_collections_are_named(sentence, corpus, queries, qrels, tmp_path, capsys):
     data = write_collection(tmp_path / "data", corpus, queries, qrels)
-    with pytest.raises(SystemExit) as e:
-        evaluate(monkeypatch, "--model", collection / "model", "--data", data, "--output", tmp_path, *args.split())
-    assert str(e.value).startswith("eval.py: ") and sentence in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(SystemExit):
+        evaluate("--model", "model", "--data", data, "--output", tmp_path)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("eval.py: ") and sentence in said
 
-def test_python_collection(tmp_path, monkeypatch):
-    long = "It has a rest that is long enough to be worth a search, with more than fifteen words in all, so it is kept."
-    (tmp_path / "m.py").write_text("".join(f'def {f}():\n  """Make f from a thing.\n\n  {long}"""\n' for f in "fg"))
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("--split dev", "dev.tsv: does not exist; the splits there are ['test']"),
+        ("--model nowhere/at/all", "cannot read it"),
+        ("--passage-length 9", "tokens at least"),
+        ("--top-k 0", "--top-k 0: 1 at least"),
+        ("--model plain", "not one token each"),
+    ],
+)
+def test_mistakes_in_evaluating_are_named(flags, sentence, tmp_path, capsys):
+    save_plain("plain", tiny_model(vocab_size=257))
+    data = write_collection(tmp_path / "data", [ROW], [QUERY], JUDGED)
+    with pytest.raises(SystemExit):
+        evaluate("--model", "model", "--data", data, "--output", tmp_path, *flags.split())
+    assert sentence in capsys.readouterr().err
+
+
+def test_collection_of_docstrings(tmp_path, monkeypatch):
+    """The query is the summary, less the object's name; a repeated text is left out."""
+    rest = "It has a rest that is long enough, with more than fifteen words, so that it is kept."
+    text = f'"""Make f from a thing.\n\n  {rest}"""'
+    (tmp_path / "m.py").write_text(f"def f():\n  {text}\ndef g():\n  {text}\n")
     monkeypatch.setattr(llara.sysconfig, "get_path", lambda _: str(tmp_path))
-    evaluation.python_collection(tmp_path / "out")
-    assert evaluation.Texts(tmp_path / "out/queries.jsonl")[0] == ("0", "Make from a thing.")
-    assert evaluation.Texts(tmp_path / "out/corpus.jsonl")[0] == ("0", long)
-    assert evaluation.read_qrels(tmp_path / "out/qrels/test.tsv") == {"0": {"0": 1}}
-
-def test_model_without_special_tokens(collection, tmp_path):
-    file = shutil.copytree(collection / "model", tmp_path / "other") / "tokenizer.json"
-    file.write_text(file.read_text().replace("<s16>", "<x16>"))
-    with pytest.raises(llara.BadInput, match="not one token each"):
-        evaluation.load(file.parent, torch.float32, "cpu")
+    evaluation.write_python_collection(tmp_path / "out")
+    assert evaluation.Texts(tmp_path / "out/queries.jsonl").read(0) == ("q0", "Make from a thing.")
+    assert evaluation.Texts(tmp_path / "out/corpus.jsonl").read(0) == ("d0", rest)
+    assert evaluation.read_qrels(tmp_path / "out/qrels/test.tsv") == {"q0": {"d0": 1}}
