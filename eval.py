@@ -42,8 +42,8 @@ from llara import (
     read_pretrained,
 )
 
-CHUNK = 4096  # passages that are encoded, and saved, together
-BLOCK = 7  # chunks that are searched together: large products are the fast ones
+CHUNK = 1024  # passages that are encoded, and saved, together
+BLOCK = 28  # chunks that are searched together: large products are the fast ones
 QUERIES_AT_ONCE = 1024  # so that the scores of a block stay below 150 MB
 
 # ---- read a collection ---------------------------------------------------------------------------

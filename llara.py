@@ -131,7 +131,6 @@ def make_prompts(
 
     def prompt_ids(prompt):
         words = re.sub(special_token, "", prompt)
-        # A special token must not be looked for in the words, nor be one that the words contain.
         word_ids = tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
         tokens = re.findall(special_token, prompt)
         token_ids = tokenizer.convert_tokens_to_ids(tokens)
@@ -538,6 +537,11 @@ def load(name: str | Path) -> tuple[nn.Module, Any]:
     be. BadInput if the model cannot be read, or cannot work.
     """
     lm, tokenizer = read_pretrained(AutoModelForCausalLM, name)
+    if lm.get_output_embeddings() is not None:
+        # A file can hold a head of its own although its config says tied: the file is what counts.
+        lm.config.tie_word_embeddings = (
+            lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+        )
     tokens = re.findall(r"<[^<>\s]+>", SELF_PROMPT + NEXT_PROMPT)
     known = tokenizer.get_vocab()
     new = [token for token in dict.fromkeys(tokens) if token not in known]
@@ -607,10 +611,6 @@ def save(
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes an ordinary folder of transformers; `card` becomes its README.md."""
-    # The file can hold a head of its own against its config: what counts is what the model has.
-    lm.config.tie_word_embeddings = (
-        lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
-    )
     lm.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
     Path(folder, "README.md").write_text(card, encoding="utf-8")
@@ -1563,8 +1563,7 @@ def run_settings(args, rows: Rows) -> dict[str, Any]:
     free = ("output", "resume", "save_every", "workers", "micro_batch_size", "valid", "explain")
     free += ("gradient_checkpointing",)
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    settings["data"] = [str(path) for path in rows.paths]
-    settings["bytes"] = int(rows.lengths.sum())
+    settings["data"] = {str(path): path.stat().st_size for path in rows.paths}  # in bytes
     return settings
 
 
@@ -1671,7 +1670,7 @@ def update(model: Llara, optimizer, item: Any, args, device: torch.device, step:
     return {"step": step, **losses, "lr": lr, "grad_norm": norm}
 
 
-def cost(args, model: Llara, item: Any, n_weights: int, seconds: float) -> dict[str, float]:
+def cost(model: Llara, item: Any, n_weights: int, seconds: float) -> dict[str, float]:
     """Throughput and memory of a step. n_weights: those that multiply each token."""
     tokens, squares, padded = sum_over_ranks(text_sizes(item, model.prompts))
     row = {"tokens/s": tokens / seconds, "padding": 1 - tokens / padded, "GB": peak_memory()}
@@ -1735,7 +1734,7 @@ def train(args) -> None:
         for step in range(first_step, args.steps):
             item = next(items)
             row = update(model, optimizer, item, args, device, step)
-            row.update(cost(args, model, item, n_weights, time.perf_counter() - started))
+            row.update(cost(model, item, n_weights, time.perf_counter() - started))
             is_last = step + 1 == args.steps
             is_saved = (step + 1) % args.save_every == 0
             if held_out and (is_saved or is_last):
