@@ -404,9 +404,8 @@ def encode(
             list(texts), add_special_tokens=False, split_special_tokens=True
         ).input_ids
     sequences = [prompts.around(ids, prompt, max_length) for ids in text_ids]
-    longest_first = sorted(
-        range(len(sequences)), key=lambda i: -len(sequences[i])
-    )  # little padding
+    # Texts of like length together: little padding.
+    longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     device = model.get_input_embeddings().weight.device
     embeddings = np.empty((len(sequences), model.config.hidden_size), np.float32)
     was_training = model.training
@@ -417,9 +416,8 @@ def encode(
             tensors = [torch.tensor(sequences[row]) for row in rows]
             input_ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True)  # (b, L)
             lengths = torch.tensor([len(tensor) for tensor in tensors])  # (b,)
-            vectors = embed(
-                model, input_ids.to(device), lengths.to(device), prompts.pooled
-            )  # (b, d)
+            input_ids, lengths = input_ids.to(device), lengths.to(device)
+            vectors = embed(model, input_ids, lengths, prompts.pooled)  # (b, d)
             embeddings[rows] = vectors.cpu().numpy()
     finally:
         model.train(was_training)
