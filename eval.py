@@ -43,8 +43,10 @@ from llara import (
 )
 
 CHUNK = 1024  # passages that are encoded, and saved, together
-BLOCK = 8  # chunks searched together: their scores, 32 MB, are made anew without page faults
-QUERIES_AT_ONCE = 1024  # so that the scores of a block stay below 150 MB
+# Chunks that are searched together, and queries: 8 * 1024 * 1024 scores, 34 MB. Blocks of 28 chunks
+# were slower for the top 100 and no faster for the top 1,000.
+BLOCK = 8
+QUERIES_AT_ONCE = 1024
 
 # ---- read a collection ---------------------------------------------------------------------------
 
@@ -304,10 +306,11 @@ def search(
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             some = slice(start, start + QUERIES_AT_ONCE)
             scores = queries[some] @ passages.T  # (b, n)
-            # Only what beats the k-th best so far can matter. After a few blocks these are few, and
-            # to look for the top few is much cheaper than for the top k.
+            # Only what beats a query's k-th best so far (-inf at first) can enter its list. No query
+            # has more than n_candidates of these, so its top n_candidates hold them all. After a few
+            # blocks they are few, and much cheaper to find than the top k.
             kth_best = best_scores[some, -1:]  # (b, 1)
-            # (int16, as the sum of truth values in int64 takes four times as long.)
+            # Truth values are summed in int64 by default, which takes four times as long.
             counts = (scores > kth_best).sum(dim=1, dtype=torch.int16)  # (b,)
             n_candidates = int(counts.max())
             if n_candidates == 0:
@@ -403,7 +406,7 @@ Run = dict[str, dict[str, float]]  # query: {document: score}, best first
 
 
 def mine_pairs(args, queries: Texts, corpus: Texts, qrels: Qrels, run: Run) -> list[dict]:
-    """Rows {"query", "pos", "neg"}: the judged documents, and hard negatives out of the run.
+    """Rows {"query", "pos", "neg"}: the relevant documents, and hard negatives out of the run.
 
     A negative stands at one of the ranks --ranks, is not judged relevant, and its text is not that
     of a positive. The very first ranks are left out, as unjudged answers are often among them.
@@ -455,7 +458,10 @@ def retrieve(
     """The --top-k documents of each judged query."""
     asked = np.array([i for i, name in enumerate(queries.ids) if name in qrels], np.int64)  # (q,)
     if len(asked) == 0:
-        raise BadInput(f"{queries.rows.paths[0]}: none of the judged queries is in there")
+        raise BadInput(
+            f"{queries.rows.paths[0]}: holds none of the queries that are judged in "
+            f"qrels/{args.split}.tsv: are they of another collection?"
+        )
     vectors = embed_queries(encoder, queries, asked, args.query_prompt, args.query_length)
     files: list[Path] = []
     blocks = corpus_blocks(encoder, corpus, args.passage_length, folder, files)

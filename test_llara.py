@@ -1157,6 +1157,7 @@ JUDGED = HEADER + "q\td\t1\n"
         ("test.tsv:2: the score '1.5'", [ROW], [QUERY], HEADER + "q\td\t1.5\n"),
         ("test.tsv:3: q and d are judged twice", [ROW], [QUERY], JUDGED + "q\td\t2\n"),
         ("holds no judgement", [ROW], [QUERY], HEADER),
+        ("data/queries.jsonl: holds none", [ROW], [QUERY], HEADER + "other\td\t1\n"),
     ],
 )
 def test_malformed_collections_are_named(sentence, corpus, queries, qrels, tmp_path, capsys):
