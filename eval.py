@@ -306,9 +306,9 @@ def search(
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             some = slice(start, start + QUERIES_AT_ONCE)
             scores = queries[some] @ passages.T  # (b, n)
-            # Only what beats a query's k-th best so far (-inf at first) can enter its list. No query
-            # has more than n_candidates of these, so its top n_candidates hold them all. After a few
-            # blocks they are few, and much cheaper to find than the top k.
+            # Only what beats a query's k-th best so far (-inf at first) can enter its list. No
+            # query has more than n_candidates of these, so its top n_candidates hold them all.
+            # After a few blocks they are few, and much cheaper to find than the top k.
             kth_best = best_scores[some, -1:]  # (b, 1)
             # Truth values are summed in int64 by default, which takes four times as long.
             counts = (scores > kth_best).sum(dim=1, dtype=torch.int16)  # (b,)
