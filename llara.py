@@ -156,6 +156,20 @@ def make_prompts(
     return Prompts(quote_ids, self_ids, next_ids, self_pooled)
 
 
+# ---- the pretext tasks ---------------------------------------------------------------------------
+
+# Each task's bag of words, and the prompt whose states must predict it. Another task is a line in
+# each of these three tables, and its words in `Adaptation.read_examples`.
+BAG_TASKS = {"EBAE": "SELF", "EBAR": "NEXT"}
+
+# Beside them the model keeps its own task, AR: to predict the next token of the passage. The loss
+# is the weighted sum of the means. The released code has AR + 0.1 times the mean of the other two:
+# a pretrained model must not forget what it knows. The small model of the default has nothing to
+# forget and only minutes to learn, so its pretext tasks together weigh as much as AR.
+PAPER_WEIGHTS = {"AR": 1.0, "EBAE": 0.05, "EBAR": 0.05}
+SMALL_WEIGHTS = {"AR": 1.0, "EBAE": 0.5, "EBAR": 0.5}
+TASKS = ("AR", *BAG_TASKS)
+
 # ---- the joint sequence --------------------------------------------------------------------------
 
 
@@ -181,9 +195,8 @@ def joint_mask(self_start: Tensor, self_length: int, length: int) -> tuple[Tenso
     causal = column[:, None] >= column[None, :]  # (L, L)
     next_sees_self = is_next[:, :, None] & is_self[:, None, :]  # (B, L, L)
     mask = causal & ~next_sees_self  # (B, L, L)
-    positions = torch.where(
-        is_next, column - self_length, column
-    )  # (B, L): as if SELF were not there
+    # NEXT stands where it would if SELF were not there.
+    positions = torch.where(is_next, column - self_length, column)  # (B, L)
     return mask[:, None], positions
 
 
@@ -193,56 +206,46 @@ def pad(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
-Example = tuple[
-    list[int], list[int], list[int]
-]  # ids: passage, its words, the following one's words
+# A row of a batch, not padded yet: the ids of the passage, then the ids of each bag, ordered as
+# BAG_TASKS: the words of the passage (EBAE), those of the following passage (EBAR).
+Example = tuple[list[int], ...]
 
 
 def collate(examples: Sequence[Example], prompts: Prompts) -> dict[str, Tensor]:
     """Examples -> the batch that `Llara.forward` takes.
 
     input_ids (B, L): prefix + passage + SELF + NEXT. self_start (B,): the column of SELF.
-    self_columns, next_columns (B, 8): where the special tokens stand.
+    SELF_columns, NEXT_columns (B, 8): where the special tokens stand.
     EBAE, EBAR (B, U): ids of the target words, padded with -100.
     counts (3,): what each loss is a mean over: tokens of passages, rows with words, rows with
     following words. ValueError if a pooled column does not hold its special token.
     """
-    passages, words, following_words = zip(*examples, strict=True)
-    input_ids = pad(
-        [[*prompts.prefix, *p, *prompts.SELF, *prompts.NEXT] for p in passages]
-    )  # (B, L)
-    passage_lengths = torch.tensor([len(p) for p in passages])  # (B,)
+    passages, *bags = zip(*examples, strict=True)
+    sequences = [[*prompts.prefix, *ids, *prompts.SELF, *prompts.NEXT] for ids in passages]
+    passage_lengths = torch.tensor([len(ids) for ids in passages])  # (B,)
     self_start = len(prompts.prefix) + passage_lengths  # (B,)
+    self_end = self_start + len(prompts.SELF)  # (B,)
+    next_end = self_end + len(prompts.NEXT)  # (B,)
     from_the_end = torch.arange(-prompts.pooled, 0)  # (8,)
-    self_columns = self_start[:, None] + len(prompts.SELF) + from_the_end  # (B, 8)
-    next_columns = self_columns + len(prompts.NEXT)  # (B, 8)
-    for columns, prompt in ((self_columns, prompts.SELF), (next_columns, prompts.NEXT)):
-        if (input_ids.gather(1, columns) != torch.tensor(prompt[-prompts.pooled :])).any():
-            raise ValueError("a pooled column does not hold its special token")
-    counts = [
-        int(passage_lengths.sum()),
-        sum(len(row) > 0 for row in words),
-        sum(len(row) > 0 for row in following_words),
-    ]
-    return {
-        "input_ids": input_ids,
+    batch = {
+        "input_ids": pad(sequences),  # (B, L)
         "self_start": self_start,
-        "self_columns": self_columns,
-        "next_columns": next_columns,
-        "EBAE": pad(words, -100),
-        "EBAR": pad(following_words, -100),
-        "counts": torch.tensor(counts),
+        "SELF_columns": self_end[:, None] + from_the_end,  # (B, 8)
+        "NEXT_columns": next_end[:, None] + from_the_end,  # (B, 8)
     }
+    for name, prompt in (("SELF", prompts.SELF), ("NEXT", prompts.NEXT)):
+        pooled_ids = batch["input_ids"].gather(1, batch[f"{name}_columns"])  # (B, 8)
+        if (pooled_ids != torch.tensor(prompt[-prompts.pooled :])).any():
+            raise ValueError("a pooled column does not hold its special token")
+    counts = [int(passage_lengths.sum())]
+    for task, bag in zip(BAG_TASKS, bags, strict=True):
+        batch[task] = pad(bag, -100)  # (B, U)
+        counts.append(sum(len(ids) > 0 for ids in bag))
+    batch["counts"] = torch.tensor(counts)  # (3,)
+    return batch
 
 
 # ---- losses --------------------------------------------------------------------------------------
-
-# The pretext tasks and their weights: L = 1 AR + 0.05 EBAE + 0.05 EBAR, where the released code has
-# 0.1 times the mean of the two. AR keeps the model a language model. A pretrained model must not
-# forget what it knows, so the other two are light. The small model of the default has nothing to
-# forget, and only minutes to learn: its weights are 1, 0.5, 0.5 (SMALL_MODEL).
-PAPER_WEIGHTS = {"AR": 1.0, "EBAE": 0.05, "EBAR": 0.05}
-TASKS = tuple(PAPER_WEIGHTS)
 
 
 def bag_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -349,12 +352,13 @@ def final_states(model: nn.Module, **inputs) -> Tensor:
     model: an AutoModel or AutoModelForCausalLM of transformers, also with LoRA by peft, also
     compiled. The head is left out because logits of all tokens take more memory than all layers.
     """
+    # torch.compile(model) wraps the model, model.compile() leaves its mark in it.
     compiled = isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl
-    if compiled:  # to reach into it for its body would run that uncompiled
+    if compiled:
+        # To reach into it for its body would run that uncompiled.
         return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]
-    if hasattr(
-        model, "get_base_model"
-    ):  # peft: the model of transformers, with the adapters inside
+    if hasattr(model, "get_base_model"):
+        # From peft: this is the model of transformers, with the adapters inside.
         model = model.get_base_model()
     return model.base_model(**inputs, use_cache=False).last_hidden_state
 
@@ -446,68 +450,66 @@ class Llara(nn.Module):
         input_ids = batch["input_ids"]  # (B, L)
         self_start = batch["self_start"]  # (B,)
         mask, positions = joint_mask(self_start, len(self.prompts.SELF), input_ids.shape[1])
+        # (B, L, d):
         hidden = final_states(
             self.lm, input_ids=input_ids, attention_mask=mask, position_ids=positions
-        )  # (B, L, d)
+        )
         head = self.lm.get_output_embeddings()
-        self_states = hidden.take_along_dim(batch["self_columns"][:, :, None], dim=1)  # (B, 8, d)
-        next_states = hidden.take_along_dim(batch["next_columns"][:, :, None], dim=1)  # (B, 8, d)
+        zero = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = dict.fromkeys(TASKS, zero)
 
-        zero = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        ar = ebae = ebar = zero
         if "AR" in tasks:
-            column = torch.arange(input_ids.shape[1], device=input_ids.device)  # (L,)
-            after_prefix = column >= len(self.prompts.prefix)  # (L,)
-            is_passage = after_prefix & (column < self_start[:, None])  # (B, L)
-            is_predicted = is_passage[:, 1:]  # (B, L-1): the state in column j predicts token j + 1
-            ar = chunked_cross_entropy(
+            # The state in column j predicts the token in column j + 1, if that is the passage's.
+            column = torch.arange(1, input_ids.shape[1], device=input_ids.device)  # (L-1,)
+            after_prefix = column >= len(self.prompts.prefix)  # (L-1,)
+            is_predicted = after_prefix & (column < self_start[:, None])  # (B, L-1)
+            losses["AR"] = chunked_cross_entropy(
                 hidden[:, :-1][is_predicted],  # (N, d)
                 head.weight,
                 input_ids[:, 1:][is_predicted],  # (N,)
             )
-        if "EBAE" in tasks:
-            ebae = bag_loss(head(self_states), batch["EBAE"])  # of logits (B, 8, V)
-        if "EBAR" in tasks:
-            ebar = bag_loss(head(next_states), batch["EBAR"])
-        return torch.stack([ar, ebae, ebar]) / batch["counts"].clamp(min=1)
+        for task, prompt in BAG_TASKS.items():
+            if task in tasks:
+                columns = batch[f"{prompt}_columns"]  # (B, 8)
+                states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d)
+                losses[task] = bag_loss(head(states), batch[task])  # of logits (B, 8, V)
+        return torch.stack(list(losses.values())) / batch["counts"].clamp(min=1)
 
     def embed(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """`embed` as a method, for which FSDP can gather the weights: (B, L), (B,) -> (B, d)."""
         return embed(self.lm, input_ids, lengths, self.prompts.pooled)
 
-    def top_tokens(self, input_ids: Tensor, lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k tokens that the pooled states predict: (B, L), (B,) -> (B, k), (B, k).
+    def top_tokens(self, input_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k tokens that the pooled states of a sequence predict: (L,) -> (k,), (k,).
 
         First by the maximum over the states, as trained; then by their mean, the embedding's own
         direction.
         """
-        hidden = final_states(self.lm, input_ids=input_ids)  # (B, L, d)
-        from_the_end = torch.arange(-self.prompts.pooled, 0, device=lengths.device)  # (8,)
-        columns = lengths[:, None] + from_the_end  # (B, 8)
-        states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d)
+        hidden = final_states(self.lm, input_ids=input_ids[None])  # (1, L, d)
+        states = hidden[0, -self.prompts.pooled :]  # (8, d)
         head = self.lm.get_output_embeddings()
-        by_max = head(states).amax(dim=1)  # (B, V)
-        by_mean = head(states.mean(dim=1))  # (B, V)
+        by_max = head(states).amax(dim=0)  # (V,)
+        by_mean = head(states.mean(dim=0))  # (V,)
         return by_max.topk(k).indices, by_mean.topk(k).indices
 
 
 @torch.inference_mode()
-def explain(model: Llara, tokenizer, texts: Sequence[str], k: int = 10, max_length: int = 512):
-    """What embeddings say: the k likeliest tokens of the SELF and of the NEXT states of each text.
+def explain(
+    model: Llara, tokenizer, text: str, k: int = 10, max_length: int = 512
+) -> dict[str, list[str]]:
+    """What an embedding says: the k likeliest tokens of the SELF and of the NEXT states of a text.
 
-    -> a dictionary a text: {"SELF, max": [words], "SELF, mean": .., "NEXT, max": .., "NEXT, mean":
-    ..}; "max" as the losses have it, "mean" the direction of the embedding itself.
+    -> {"SELF, max": [words], "SELF, mean": .., "NEXT, max": .., "NEXT, mean": ..}: "max" as the
+    losses have it, "mean" the direction of the embedding itself.
     """
     device = model.lm.get_input_embeddings().weight.device
-    text_ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
-    said = [{} for _ in texts]
+    text_ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    said = {}
     for prompt in ("self", "next"):
-        sequences = [model.prompts.around(ids, prompt, max_length) for ids in text_ids]
-        lengths = torch.tensor([len(sequence) for sequence in sequences])  # (B,)
-        tops = model.top_tokens(pad(sequences).to(device), lengths.to(device), k)
-        for how, top in zip(("max", "mean"), tops, strict=True):
-            for row, ids in zip(said, top.tolist(), strict=True):
-                row[f"{prompt.upper()}, {how}"] = [tokenizer.decode([i]).strip() for i in ids]
+        sequence = model.prompts.around(text_ids, prompt, max_length)
+        by_max, by_mean = model.top_tokens(torch.tensor(sequence, device=device), k)  # (k,), (k,)
+        said[f"{prompt.upper()}, max"] = [tokenizer.decode(i).strip() for i in by_max.tolist()]
+        said[f"{prompt.upper()}, mean"] = [tokenizer.decode(i).strip() for i in by_mean.tolist()]
     return said
 
 
@@ -642,10 +644,9 @@ class Sentences(nn.Module):
         return {"input_ids": pad(rows), "lengths": torch.tensor([len(row) for row in rows])}
 
     def forward(self, features: dict[str, Tensor], **kwargs) -> dict[str, Tensor]:
-        features["sentence_embedding"] = embed(
-            self.model, features["input_ids"], features["lengths"], self.prompts.pooled
-        )  # (B, d)
-        return features
+        input_ids, lengths = features["input_ids"], features["lengths"]  # (B, L), (B,)
+        vectors = embed(self.model, input_ids, lengths, self.prompts.pooled)  # (B, d)
+        return features | {"sentence_embedding": vectors}
 
 
 def read_pretrained(kind, name: str | Path, dtype: torch.dtype = torch.float32):
@@ -737,24 +738,15 @@ SENTENCE_END = re.compile(r"""[.!?]["')\]]*\s+|[。！？।؟]\s*|\n""")  # noq
 PASSAGE_SHARE = 0.9  # of the room for a passage that is planned for, so that few need cutting
 
 
+# A word: letters and digits, and the marks that follow them, as in Hindi, Thai or vocalised Arabic.
+# Python's \w does not know marks (nor the joiners of Indic scripts and Persian, the last two).
+MARKS = "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c)[0] == "M")
+WORD = re.compile(rf"[^\W_]+(?:[{MARKS}\u200c\u200d]+[^\W_]*)*")
+
+
 def content_words(text: str) -> str:
-    r"""The words of a target: without [\W_]+ and English stop words, as in the released recipe.
-
-    Marks that follow a letter belong to its word, as in Hindi, Thai or vocalised Arabic; Python's
-    \w does not know them.
-    """
-
-    def separate(match: re.Match) -> str:
-        run = match[0]
-        marks = 0
-        while marks < len(run) and (
-            unicodedata.category(run[marks]).startswith("M") or run[marks] in "\u200c\u200d"
-        ):
-            marks += 1
-        return run if marks == len(run) else run[:marks] + " "
-
-    words = re.sub(r"[\W_]+", separate, text).split()
-    return " ".join(word for word in words if word.lower() not in STOP_WORDS)
+    r"""The words of a target: without [\W_]+ and English stop words, as in the released recipe."""
+    return " ".join(word for word in WORD.findall(text) if word.lower() not in STOP_WORDS)
 
 
 def data_files(path: str | Path) -> list[Path]:
@@ -1004,15 +996,17 @@ class Adaptation(torch.utils.data.Dataset):
                 f"{self.room} tokens, so none has a following one; lower --max-length"
             )
 
-    def find_passage(self, example: int) -> tuple[str, int, int, int]:
-        """-> its article; where in it the passage begins, where it ends, where the next ends."""
+    def find_windows(self, example: int) -> tuple[str, str]:
+        """-> the passage of an example, and the text from its start to the end of the next one."""
         row = int(np.searchsorted(self.ends, example, side="right"))
         first = int(self.ends[row - 1]) if row else 0
         n_windows = int(self.ends[row]) - first + 1
         k = example - first
         text = read_article(self.rows, row)
-        start, end, next_end = (boundary(text, j, n_windows) for j in (k, k + 1, k + 2))
-        return text, start, end, next_end
+        start = boundary(text, k, n_windows)
+        end = boundary(text, k + 1, n_windows)
+        next_end = boundary(text, k + 2, n_windows)
+        return text[start:end].rstrip(), text[start:next_end]
 
     def read_examples(self, numbers: Sequence[int]) -> list[Example]:
         """Reads and tokenises.
@@ -1023,25 +1017,21 @@ class Adaptation(torch.utils.data.Dataset):
         if is_released_row(self.rows[0]):
             texts = [read_released(self.rows, i) for i in numbers]
             passages = [passage for passage, _, _ in texts]
-            own = [own for _, own, _ in texts]
+            own = self.cut_texts([own for _, own, _ in texts])
             following = [following for _, _, following in texts]
-            passage_ids = [ids for ids, _ in cut_to_tokens(self.tokenizer, passages, self.room)]
-            own = self.cut_texts(own)
-        else:
-            places = [self.find_passage(number) for number in numbers]
-            passages = [text[start:end].rstrip() for text, start, end, _ in places]
             cuts = cut_to_tokens(self.tokenizer, passages, self.room)
-            passage_ids = [ids for ids, _ in cuts]
+        else:
+            windows = [self.find_windows(number) for number in numbers]
+            passages = [passage for passage, _ in windows]
             own = []
             following = []
-            for passage, (_, covered), (text, start, _, next_end) in zip(
-                passages, cuts, places, strict=True
-            ):
+            cuts = cut_to_tokens(self.tokenizer, passages, self.room)
+            for (passage, both), (_, covered) in zip(windows, cuts, strict=True):
                 own.append(passage[:covered])
-                following.append(text[start + covered : next_end].strip())
-        word_ids = self.bags(own + self.cut_texts(following))
-        n = len(numbers)
-        return list(zip(passage_ids, word_ids[:n], word_ids[n:], strict=True))
+                following.append(both[covered:].strip())
+        passage_ids = [ids for ids, _ in cuts]
+        bags = [self.bags(own), self.bags(self.cut_texts(following))]  # in the order of BAG_TASKS
+        return list(zip(passage_ids, *bags, strict=True))
 
     def cut_texts(self, texts: list[str]) -> list[str]:
         """The part of each text that would fit the room of a passage."""
@@ -1060,7 +1050,7 @@ class Adaptation(torch.utils.data.Dataset):
         mine = [example for _, example in everyone[self.rank :: self.world]]
         examples = self.read_examples(mine)
         count = micro_batch_count(args.batch_size, args.micro_batch_size, self.world)
-        groups = split_by_length([len(passage) for passage, _, _ in examples], count)
+        groups = split_by_length([len(passage) for passage, *_ in examples], count)
         return [[examples[i] for i in group] for group in groups]
 
     def yardstick(self, vocab_size: int) -> str:
@@ -1072,13 +1062,13 @@ class Adaptation(torch.utils.data.Dataset):
 
 
 def unigram_levels(examples: Sequence[Example], vocab_size: int) -> np.ndarray:
-    """(3,): AR, EBAE and EBAR of always predicting the frequencies of the targets."""
-    counts = np.zeros((3, vocab_size))
-    for passage, own, following in examples:
+    """(3,): the losses, in the order of TASKS, of always predicting the targets' frequencies."""
+    counts = np.zeros((len(TASKS), vocab_size))
+    for passage, *bags in examples:
         np.add.at(counts[0], passage, 1)  # a token can occur more than once
-        # A row weighs the same in the loss, however many words it has.
-        counts[1, own] += 1 / max(1, len(own))
-        counts[2, following] += 1 / max(1, len(following))
+        for task_counts, bag in zip(counts[1:], bags, strict=True):
+            # A row weighs the same in the loss, however many words it has.
+            task_counts[bag] += 1 / max(1, len(bag))
     frequencies = counts / counts.sum(axis=1, keepdims=True).clip(1)
     return -(frequencies * np.log(frequencies.clip(1e-30))).sum(axis=1)
 
@@ -1376,7 +1366,7 @@ def adaptation_step(
     # A mean of the micro-batches' means would weigh tokens and rows unequally: each micro-batch is
     # divided by the counts of the whole global batch instead.
     counts = torch.tensor(sum_over_ranks(sum(b["counts"] for b in batches).tolist()))  # (3,)
-    losses = torch.zeros(3, device=device)
+    losses = torch.zeros(len(TASKS), device=device)
     for batch in batches:
         batch["counts"] = counts
         on_device = {key: value.to(device) for key, value in batch.items()}
@@ -1516,7 +1506,7 @@ def text_sizes(item: Any, prompts: Prompts) -> list[float]:
         groups = [[len(ids) for _, ids in micro_batch] for micro_batch in item["micro_batches"]]
     else:
         extra = len(prompts.prefix) + len(prompts.SELF) + len(prompts.NEXT)
-        groups = [[len(passage) + extra for passage, _, _ in micro_batch] for micro_batch in item]
+        groups = [[len(passage) + extra for passage, *_ in micro_batch] for micro_batch in item]
     tokens = sum(sum(lengths) for lengths in groups)
     squares = sum(length**2 for lengths in groups for length in lengths)
     padded = sum(max(lengths) * len(lengths) for lengths in groups)
@@ -1775,20 +1765,20 @@ def finish(model: Llara, tokenizer, dataset, args, settings: dict[str, Any]) -> 
             shutil.rmtree(folder)
     if args.stage == "adapt":
         numbers = [dataset.n_examples // 3, 2 * dataset.n_examples // 3]
-        texts = [tokenizer.decode(ids) for ids, _, _ in dataset.read_examples(numbers)]
         model.eval()
-        said = explain(model, tokenizer, texts, max_length=args.max_length)
-        if dist.get_rank() == 0:
-            print_explanations(texts, said)
+        for passage, *_ in dataset.read_examples(numbers):
+            text = tokenizer.decode(passage)
+            said = explain(model, tokenizer, text, max_length=args.max_length)
+            if dist.get_rank() == 0:
+                print_explanation(text, said)
     if dist.get_rank() == 0:
         print(f"saved to {output}; {output / 'README.md'} says how to embed with it")
 
 
-def print_explanations(texts: Sequence[str], said: Sequence[dict[str, list[str]]]) -> None:
-    for text, words in zip(texts, said, strict=True):
-        print(f"\n{' '.join(text.split())[:300]}")
-        for state, predicted in words.items():
-            print(f"  {state + ':':11} {' '.join(predicted)}")
+def print_explanation(text: str, said: dict[str, list[str]]) -> None:
+    print(f"\n{' '.join(text.split())[:300]}")
+    for state, predicted in said.items():
+        print(f"  {state + ':':11} {' '.join(predicted)}")
 
 
 MODEL_CARD = """---
@@ -1837,21 +1827,17 @@ SMALL_MODEL = COMMON | {
     "micro_batch_size": 8,
     "max_length": 96,
     "lr": 5e-3,
-    "ar_weight": 1.0,
-    "ebae_weight": 0.5,  # ten times the paper's: nothing to forget, and minutes to learn
-    "ebar_weight": 0.5,
 }
-PAPER = (
-    COMMON
-    | {
-        "steps": 10_000,
-        "batch_size": 256,
-        "micro_batch_size": 8,
-        "max_length": 1024,
-        "lr": 1e-5,
-    }
-    | {f"{task.lower()}_weight": weight for task, weight in PAPER_WEIGHTS.items()}
-)
+PAPER = COMMON | {
+    "steps": 10_000,
+    "batch_size": 256,
+    "micro_batch_size": 8,
+    "max_length": 1024,
+    "lr": 1e-5,
+}
+for task in TASKS:
+    SMALL_MODEL[f"{task.lower()}_weight"] = SMALL_WEIGHTS[task]
+    PAPER[f"{task.lower()}_weight"] = PAPER_WEIGHTS[task]
 FINE_TUNING = COMMON | {
     "steps": None,  # one epoch
     "batch_size": 128,
@@ -1956,7 +1942,8 @@ def main() -> None:
         if args.explain:
             lm, tokenizer = load(args.model)
             model = Llara(lm, make_prompts(tokenizer)).eval()
-            print_explanations(args.explain, explain(model, tokenizer, args.explain))
+            for text in args.explain:
+                print_explanation(text, explain(model, tokenizer, text))
         else:
             train(args)
 

@@ -165,7 +165,7 @@ def test_one_pass_is_two(family, tied):
         lm, input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions
     )
     for i, passage in enumerate(PASSAGES):
-        for prompt, columns in ((PROMPTS.SELF, "self_columns"), (PROMPTS.NEXT, "next_columns")):
+        for prompt, columns in ((PROMPTS.SELF, "SELF_columns"), (PROMPTS.NEXT, "NEXT_columns")):
             ids = torch.tensor([[*PROMPTS.prefix, *passage, *prompt]])
             alone = lm(ids, output_hidden_states=True).hidden_states[-1]
             assert_same(joint[i, batch[columns][i]], alone[0, -8:])
@@ -371,7 +371,7 @@ def test_pooling_follows_the_prompts(tokenizer):
     assert four.pooled == 4
     assert four.NEXT[-4:] == tokenizer.convert_tokens_to_ids(["<s5>", "<s6>", "<s7>", "<s8>"])
     assert llara.make_prompts(tokenizer, '", same: </s>', '", next: </s>').pooled == 1
-    columns = llara.collate([([7, 8], [7], [])], four)["self_columns"]
+    columns = llara.collate([([7, 8], [7], [])], four)["SELF_columns"]
     assert columns.shape == (1, 4)
 
 
@@ -433,16 +433,21 @@ def test_folders_and_files_are_found():
     assert rows[3] == {"text": "third"}
 
 
+def without_space(text):
+    return "".join(text.split())
+
+
 def test_passages_of_an_article_are_adjacent(tokenizer):
     """Each following passage begins where the passage ends: joined, they are the article."""
     data = adaptation(["articles.jsonl"], tokenizer)
-    covered = ""
+    rest = without_space(ARTICLES[0]["title"] + ARTICLES[0]["text"])
     for example in range(int(data.ends[0])):
-        text, start, end, next_end = data.find_passage(example)
-        covered += text[start:end]
-        assert data.find_passage(example)[0][end:next_end]
-    assert covered + text[end:next_end] == text
-    assert text == f"{ARTICLES[0]['title']}\n{ARTICLES[0]['text']}".strip()
+        passage, both = (without_space(part) for part in data.find_windows(example))
+        assert rest.startswith(both)
+        assert both.startswith(passage)
+        following = both[len(passage) :]
+        rest = rest[len(passage) :]
+    assert rest == following  # nothing is left after the last one
     assert [llara.boundary("One two. Three four. Five six.", k, 3) for k in range(4)] == [
         0,
         9,
@@ -464,10 +469,10 @@ def test_following_begins_where_the_model_stopped_reading(tokenizer):
     with mock.patch.object(data, "bags", side_effect=lambda texts: texts):
         examples = data.read_examples(numbers)
     for number, (ids, own, following) in zip(numbers, examples, strict=True):
-        _, start, _, _ = data.find_passage(number)
+        passage, both = data.find_windows(number)
         assert len(ids) <= data.room
-        assert dense[start:].startswith(own)
-        assert dense[start + len(own) :].startswith(following[:5])
+        assert passage.startswith(own)
+        assert both == own + following
 
 
 def test_words_are_those_that_the_model_reads(tokenizer):
@@ -787,7 +792,7 @@ def test_explain_names_the_likeliest_tokens(golden_model, tokenizer):
     """By the maximum over the states and by their mean: against logits of a plain pass."""
     lm, _ = llara.load("model")
     model = llara.Llara(lm, llara.make_prompts(tokenizer)).eval()
-    (said,) = llara.explain(model, tokenizer, ["assignment of names"], k=3)
+    said = llara.explain(model, tokenizer, "assignment of names", k=3)
     ids = tokenizer("assignment of names", add_special_tokens=False).input_ids
     sequence = torch.tensor([model.prompts.around(ids, "self", 512)])
     with torch.no_grad():
