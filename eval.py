@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: MIT
 """Measures a LLaRA model by dot-product retrieval on collections in BEIR layout.
 
-FOLDER/corpus.jsonl    {"_id", "title", "text"}       -> SELF prompt -> embeddings, by chunks -.
-FOLDER/queries.jsonl   {"_id", "text"}                -> NEXT prompt -> embeddings -> top k  <-'
-FOLDER/qrels/test.tsv  query-id, corpus-id, score     -> nDCG, MRR, recall, MAP of trec_eval
+    FOLDER/corpus.jsonl    {"_id", "title", "text"}   a title may be missing
+    FOLDER/queries.jsonl   {"_id", "text"}
+    FOLDER/qrels/test.tsv  query-id, corpus-id, score
 
-python eval.py                                        # ./out, on docstrings of Python's library
-python eval.py --model retriever --data scifact cranfield
-python eval.py --model out --query-prompt self --data scifact --split train --pairs pairs.jsonl
-torchrun --nproc-per-node 8 eval.py --model BAAI/LLARA-passage --data msmarco --split dev
+Passages are embedded with the SELF prompt (" summarize the above passage .."), queries with the
+NEXT prompt (" predict the following passage .."): see llara.py. Each query then gets the passages
+of the highest dot product, and nDCG, MRR, recall and MAP say, as trec_eval does, how good they are.
+
+    python eval.py                                    # ./out, on docstrings of Python's library
+    python eval.py --model retriever --data data/scifact data/cranfield
+    python eval.py --model out --query-prompt self --data data/scifact --split train --pairs p.jsonl
+    torchrun --nproc-per-node 8 eval.py --model retriever --data data/msmarco --split dev
 """
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -43,54 +49,60 @@ from llara import (
 )
 
 CHUNK = 1024  # passages that are encoded, and saved, together
-# Chunks that are searched together, and queries: 8 * 1024 * 1024 scores, 34 MB. Blocks of 28 chunks
-# were slower for the top 100 and no faster for the top 1,000.
-BLOCK = 8
-QUERIES_AT_ONCE = 1024
+BLOCK = 8  # chunks that are searched together
+QUERIES_AT_ONCE = 1024  # with a block, 1024 * 8 * 1024 scores: 34 MB
 
 # ---- read a collection ---------------------------------------------------------------------------
+
+
+def is_one_word(name: str) -> bool:
+    """Not empty, and without white space."""
+    return name.split() == [name]
 
 
 class Texts:
     """corpus.jsonl or queries.jsonl. Ids are held in memory, texts are read when they are needed.
 
-    BadInput names the line that is malformed, or whose id is no id, or that repeats one.
+    A text is known by its row, 0 .. n-1. BadInput names the line that is malformed, or whose id is
+    no id, or that repeats one.
     """
 
     def __init__(self, path: Path):
-        self.rows = Rows([path])
+        self.path = path
+        self.lines = Rows([path])  # lines[row] is a dict, lines.place(row) its "file:line"
         self.ids: list[str] = []
+        self.row_of: dict[str, int] = {}  # of an id
         self.empty: list[str] = []  # "file:line" of texts that are empty
-        self.row_of: dict[str, int] = {}
         digest = hashlib.sha256()
-        for i in range(len(self.rows)):
-            name, text = self.read(i)
+        for row in range(len(self.lines)):
+            name, text = self.read(row)
+            place = self.lines.place(row)
             if name in self.row_of:
-                first = self.rows.place(self.row_of[name])
-                raise BadInput(f"{self.rows.place(i)}: the id {name!r} is also that of {first}")
-            self.row_of[name] = i
+                first = self.lines.place(self.row_of[name])
+                raise BadInput(f"{place}: the id {name!r} is also that of {first}")
+            self.row_of[name] = row
             self.ids.append(name)
             if not text:
-                self.empty.append(self.rows.place(i))
+                self.empty.append(place)
             digest.update(f"{name}\n{text}\n".encode())
         self.digest = digest.hexdigest()
 
-    def read(self, i: int) -> tuple[str, str]:
-        """-> the id of row i; its title and text, joined by a space."""
-        row, place = self.rows[i], self.rows.place(i)
-        if "_id" not in row or "text" not in row:
-            raise BadInput(f'{place}: needs "_id" and "text"; its keys are {sorted(row)[:5]}')
-        name = check_text(str(row["_id"]), '"_id"', place)
-        if name.split() != [name]:
+    def read(self, row: int) -> tuple[str, str]:
+        """-> the id of a row; its title and text, joined by a space."""
+        fields, place = self.lines[row], self.lines.place(row)
+        if "_id" not in fields or "text" not in fields:
+            raise BadInput(f'{place}: needs "_id" and "text"; its keys are {sorted(fields)[:5]}')
+        name = check_text(str(fields["_id"]), '"_id"', place)
+        if not is_one_word(name):
             raise BadInput(
-                f"{place}: the id {name!r} is empty or has white space: no run can hold it"
+                f"{place}: the id {name!r} is empty or has white space: no TREC run file holds such"
             )
-        title = check_text(row.get("title") or "", '"title"', place)
-        text = check_text(row["text"], '"text"', place)
+        title = check_text(fields.get("title") or "", '"title"', place)
+        text = check_text(fields["text"], '"text"', place)
         return name, f"{title} {text}".strip()
 
-    def text(self, i: int) -> str:
-        return self.read(i)[1]
+    def text(self, row: int) -> str:
+        return self.read(row)[1]
 
 
 Qrels = dict[str, dict[str, int]]  # query: {document: grade}
@@ -111,19 +123,20 @@ def read_qrels(path: Path) -> Qrels:
             continue
         place = f"{path}:{number}"
         query, document, score = split_judgement(line, place)
-        is_number = re.fullmatch(r"-?\d{1,9}", score)
-        if number == 1:
-            if is_number:
+        is_whole_number = re.fullmatch(r"-?\d{1,9}", score)
+        if number == 1:  # the header
+            if is_whole_number:
                 raise BadInput(
                     f"{place}: should be a header: query-id, corpus-id, score, with tabs"
                 )
             continue
-        if not is_number:
+        if not is_whole_number:
             raise BadInput(f"{place}: the score {score[:40]!r} is not a whole number")
+        grade = int(score)
         grades = qrels.setdefault(query, {})
-        if grades.get(document, int(score)) != int(score):
+        if document in grades and grades[document] != grade:
             raise BadInput(f"{place}: {query} and {document} are judged twice, with other grades")
-        grades[document] = int(score)
+        grades[document] = grade
     if not qrels:
         raise BadInput(f"{path}: holds no judgement")
     return qrels
@@ -132,7 +145,7 @@ def read_qrels(path: Path) -> Qrels:
 def split_judgement(line: str, place: str) -> tuple[str, str, str]:
     """The three fields of a line. BadInput says what the line is instead."""
     fields = [field.strip() for field in line.split("\t")]
-    if len(fields) == 3 and all(field.split() == [field] for field in fields):
+    if len(fields) == 3 and all(is_one_word(field) for field in fields):
         return fields[0], fields[1], fields[2]
     if len(fields) == 3:
         raise BadInput(f"{place}: an id is empty or has a space: {line[:60]!r}")
@@ -144,10 +157,10 @@ def split_judgement(line: str, place: str) -> tuple[str, str, str]:
     raise BadInput(f"{place}: {line[:60]!r} is not query id, document id, score, with tabs between")
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Writes a file so that nobody ever sees half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
+def write_aside(path: Path, content: bytes) -> None:
+    """Writes a file so that nobody ever sees half of it, whoever else writes it at this moment."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside.write_bytes(content)
     os.replace(aside, path)
 
 
@@ -155,32 +168,36 @@ def write_python_collection(folder: Path) -> None:
     """A collection of the docstrings in Python's library, for want of a better one.
 
     A query is the first sentence, without the object's own name; its one relevant document is the
-    rest. What is short, or repeats a line of another, is left out.
+    rest. A docstring that is short, or shares a line with any before it, is left out: a query with
+    two answers would have one of them counted as wrong.
     """
-    seen: set[str] = set()
+    seen: set[str] = set()  # lines of all docstrings so far, those left out included
     corpus, queries, judgements = [], [], ["query-id\tcorpus-id\tscore"]
-    for _, name, text in docstrings():
+    for _, name, text in docstrings():  # the name of a module's docstring is ""
         summary, _, rest = text.partition("\n\n")
-        query = " ".join(re.sub(rf"\b{name}\b(\(.*?\))?", " ", summary, flags=re.I | re.S).split())
-        lines = {query.lower()} | {line.strip() for line in rest.splitlines() if len(line) > 30}
+        # "open(file, mode) -> a stream" says "-> a stream".
+        own_name = re.compile(rf"\b{name}\b(\(.*?\))?", flags=re.IGNORECASE | re.DOTALL)
+        query = " ".join(own_name.sub(" ", summary).split())
+        long_lines = {line.strip() for line in rest.splitlines() if len(line) > 30}
+        lines = long_lines | {query.lower()}
         is_long_enough = len(query.split()) > 3 and len(rest.split()) > 15
         if name and is_long_enough and seen.isdisjoint(lines):
             number = len(corpus)
             corpus.append(json.dumps({"_id": f"d{number}", "text": " ".join(rest.split())}))
             queries.append(json.dumps({"_id": f"q{number}", "text": query}))
             judgements.append(f"q{number}\td{number}\t1")
-        seen |= lines
+        seen.update(lines)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    write_aside(folder / "corpus.jsonl", "\n".join(corpus))
-    write_aside(folder / "queries.jsonl", "\n".join(queries))
-    write_aside(folder / "qrels" / "test.tsv", "\n".join(judgements))
+    write_aside(folder / "corpus.jsonl", "\n".join(corpus).encode())
+    write_aside(folder / "queries.jsonl", "\n".join(queries).encode())
+    write_aside(folder / "qrels" / "test.tsv", "\n".join(judgements).encode())
 
 
 # ---- encode --------------------------------------------------------------------------------------
 
 
 class Encoder(NamedTuple):
-    """A model, and all that decides what it makes of a text."""
+    """A model with its tokenizer. The digest tells it from any other: see `chunk_file`."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -188,12 +205,12 @@ class Encoder(NamedTuple):
     batch_size: int
 
     def embed(self, texts: list[str], prompt: str, max_length: int) -> np.ndarray:
-        """(n, d) unit rows."""
+        """(n, d) float32, unit rows."""
         return encode(self.model, self.tokenizer, texts, prompt, max_length, self.batch_size)
 
 
 def load_encoder(args, device: torch.device) -> Encoder:
-    """BadInput if --model is no LLaRA model."""
+    """BadInput if --model is no LLaRA model, or if texts of these lengths are beyond it."""
     dtype = choose_dtype(args.dtype, device)
     model, tokenizer = read_pretrained(transformers.AutoModel, args.model, dtype)
     for flag, length in (("query", args.query_length), ("passage", args.passage_length)):
@@ -202,37 +219,40 @@ def load_encoder(args, device: torch.device) -> Encoder:
         prompts = make_prompts(tokenizer)
     except ValueError as error:
         raise BadInput(f"{args.model}: {error}; adapt it with llara.py first") from None
-    shortest = len(prompts.prefix) + 1 + max(len(prompts.SELF), len(prompts.NEXT))
-    if min(args.query_length, args.passage_length) < shortest:
-        raise BadInput(f"--query-length and --passage-length: {shortest} tokens at least")
-    largest = max(prompts.SELF + prompts.NEXT)
-    if largest >= model.get_input_embeddings().num_embeddings:
+    n_prompt_tokens = len(prompts.prefix) + max(len(prompts.SELF), len(prompts.NEXT))
+    if min(args.query_length, args.passage_length) <= n_prompt_tokens:
+        raise BadInput(
+            f"--query-length and --passage-length: the prompts take {n_prompt_tokens} tokens, so "
+            "more than that"
+        )
+    largest_id = max(prompts.SELF + prompts.NEXT)
+    if largest_id >= model.get_input_embeddings().num_embeddings:
         raise BadInput(f"{args.model}: has no embeddings of the prompts' tokens: not a LLaRA model")
     digest = hashlib.sha256(model.config.to_json_string().encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    # All of the weights: two models can differ in the special tokens' rows alone.
+    # All of the weights and not a sample: models can differ in the special tokens' rows alone.
     for name, weight in model.state_dict().items():
         digest.update(name.encode())
         digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().data)
     return Encoder(model.to(device).eval(), tokenizer, digest.hexdigest(), args.batch_size)
 
 
-def cut_into_chunks(texts: Texts, rows: np.ndarray) -> list[np.ndarray]:
-    """rows (n,) -> chunks of them, longest texts first, so that little is padded.
+def cut_into_chunks(lengths: np.ndarray) -> list[np.ndarray]:
+    """Lengths of texts (n,), in bytes -> their numbers 0 .. n-1 in chunks of CHUNK.
 
-    Chunks are the same for any number of ranks, and so are their embeddings, to the last bit.
+    The longest come first, so that little is padded. Chunks are the same for any number of ranks,
+    and so are their embeddings, to the last bit.
     """
-    order = np.argsort(-texts.rows.lengths[rows], kind="stable")  # (n,)
-    longest_first = rows[order]
-    return [longest_first[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+    longest_first = np.argsort(-lengths, kind="stable")  # (n,)
+    return [longest_first[start : start + CHUNK] for start in range(0, len(lengths), CHUNK)]
 
 
-def chunk_file(encoder: Encoder, texts: Texts, chunk: np.ndarray, max_length: int, folder: Path):
-    """Where the embeddings of a chunk lie: the name tells all that shapes them."""
+def chunk_file(encoder: Encoder, corpus: Texts, rows: np.ndarray, max_length: int, folder: Path):
+    """Where the embeddings of these rows of the corpus lie: the name tells all that shapes them."""
     shaped_by = (
         encoder.digest,
-        texts.digest,
-        chunk.tolist(),
+        corpus.digest,
+        rows.tolist(),
         max_length,
         encoder.batch_size,
         str(encoder.model.dtype),
@@ -245,41 +265,42 @@ def chunk_file(encoder: Encoder, texts: Texts, chunk: np.ndarray, max_length: in
     return folder / f"embeddings-{name}.npy"
 
 
-def embed_chunk(
-    encoder: Encoder, texts: Texts, chunk: np.ndarray, max_length: int, path: Path
+def embed_rows(
+    encoder: Encoder, corpus: Texts, rows: np.ndarray, max_length: int, file: Path
 ) -> np.ndarray:
-    """(c, d): from `path` if an earlier, killed run left it there whole, else made and saved.
+    """The embeddings of rows (n,) of the corpus: (n, d), read from `file`, or made and saved there.
 
-    A file is only ever a saving of time. Another run may remove it or write it again at any moment:
-    it is written aside and renamed, and one that is missing or damaged is made anew.
+    The file is there if an earlier run was killed, or had --keep-embeddings. It saves time and is
+    not relied on: another run may remove it or write it again at any moment, and if it is missing
+    or damaged, it is made anew.
     """
-    shape = (len(chunk), encoder.model.config.hidden_size)
     try:
-        embeddings = np.load(path, allow_pickle=False)
-        if embeddings.shape == shape and np.isfinite(embeddings).all():
+        embeddings = np.load(file, allow_pickle=False)
+        is_whole = embeddings.shape == (len(rows), encoder.model.config.hidden_size)
+        if is_whole and np.isfinite(embeddings).all():
             return embeddings
     except (OSError, ValueError, EOFError):
         pass  # not there, or damaged
-    embeddings = encoder.embed([texts.text(i) for i in chunk], "self", max_length)
+    embeddings = encoder.embed([corpus.text(row) for row in rows], "self", max_length)
     if encoder.model.dtype != torch.float32:
-        embeddings = embeddings.astype(np.float16)  # unit rows: within its range
-    aside = path.with_name(f".{path.name}.{os.getpid()}.{dist.get_rank()}")
-    with open(aside, "wb") as file:
-        np.save(file, embeddings)
-    os.replace(aside, path)
+        # Half the room, and finer than what the model computes in: values are within -1 .. 1.
+        embeddings = embeddings.astype(np.float16)
+    content = io.BytesIO()
+    np.save(content, embeddings)
+    write_aside(file, content.getvalue())
     return embeddings
 
 
-def embed_queries(encoder: Encoder, texts: Texts, rows: np.ndarray, prompt: str, max_length: int):
-    """(q, d) float32, on every rank: each embeds some chunks, and gets the others' by a sum."""
+def embed_queries(
+    encoder: Encoder, queries: Texts, rows: np.ndarray, prompt: str, max_length: int
+) -> Tensor:
+    """The embeddings of rows (q,) of the queries: (q, d) float32, all of them on every rank."""
     rank, world = dist.get_rank(), dist.get_world_size()
     vectors = torch.zeros(len(rows), encoder.model.config.hidden_size)  # (q, d)
-    place = {int(row): i for i, row in enumerate(rows)}
-    for chunk in cut_into_chunks(texts, rows)[rank::world]:
-        places = [place[int(row)] for row in chunk]
-        chunk_vectors = encoder.embed([texts.text(i) for i in chunk], prompt, max_length)
-        vectors[places] = torch.from_numpy(chunk_vectors)
-    dist.all_reduce(vectors)
+    for chunk in cut_into_chunks(queries.lines.lengths[rows])[rank::world]:
+        texts = [queries.text(row) for row in rows[chunk]]
+        vectors[chunk] = torch.from_numpy(encoder.embed(texts, prompt, max_length))
+    dist.all_reduce(vectors)  # a sum: what other ranks have embedded is 0 here
     return vectors
 
 
@@ -291,72 +312,83 @@ def search(
 ) -> tuple[Tensor, Tensor]:
     """The k passages of the highest dot product for each query, exactly.
 
-    queries (q, d) float32, on the device to use; blocks: (embeddings (n, d), names (n,) int64),
-    read once. -> scores (q, k), best first, and names (q, k); -inf and -1 where there are fewer.
+    queries (q, d) float32, on the device to use. blocks: embeddings (n, d) of some passages, and
+    their rows in the corpus (n,) int64. An iterator will do: they are read once, in turn.
+    -> scores (q, k), best first, and rows (q, k); -inf and -1 where there are fewer than k. Of
+    passages that tie at the k-th place, any are taken.
     ValueError if a block has 2^15 passages or more.
     """
     device = queries.device
     best_scores = torch.full((len(queries), k), -torch.inf, device=device)  # (q, k)
-    best_names = torch.full((len(queries), k), -1, device=device)  # (q, k)
-    for embeddings, names in blocks:
-        if len(names) >= 2**15:
-            raise ValueError(f"a block of {len(names)} passages: its counts would not fit int16")
+    best_rows = torch.full((len(queries), k), -1, device=device)  # (q, k)
+    for embeddings, block_rows in blocks:
         passages = torch.from_numpy(embeddings).to(device).float()  # (n, d)
-        block_names = torch.from_numpy(names).to(device)  # (n,)
+        rows = torch.from_numpy(block_rows).to(device)  # (n,)
         for start in range(0, len(queries), QUERIES_AT_ONCE):
-            some = slice(start, start + QUERIES_AT_ONCE)
+            some = slice(start, start + QUERIES_AT_ONCE)  # b of the queries
             scores = queries[some] @ passages.T  # (b, n)
-            # Only what beats a query's k-th best so far (-inf at first) can enter its list. No
-            # query has more than n_candidates of these, so its top n_candidates hold them all.
-            # After a few blocks they are few, and much cheaper to find than the top k.
-            kth_best = best_scores[some, -1:]  # (b, 1)
-            # Truth values are summed in int64 by default, which takes four times as long.
-            counts = (scores > kth_best).sum(dim=1, dtype=torch.int16)  # (b,)
-            n_candidates = int(counts.max())
-            if n_candidates == 0:
-                continue
-            new_scores, columns = scores.topk(min(n_candidates, k))  # (b, c)
-            all_scores = torch.cat([best_scores[some], new_scores], dim=1)  # (b, k + c)
-            all_names = torch.cat([best_names[some], block_names[columns]], dim=1)  # (b, k + c)
-            best_scores[some], order = all_scores.topk(k)  # (b, k)
-            best_names[some] = all_names.gather(1, order)
-    return best_scores, best_names
+            new_scores, columns = candidates(scores, best_scores[some, -1:], k)  # (b, c) each
+            best_scores[some], best_rows[some] = merge(
+                [best_scores[some], new_scores], [best_rows[some], rows[columns]], k
+            )
+    return best_scores, best_rows
+
+
+def candidates(scores: Tensor, kth_best: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Of scores (b, n), those that can enter the list of a query, and their columns: (b, c) each.
+
+    kth_best (b, 1): the worst score in the list of each query; -inf while it is not full. Only what
+    beats it can enter. If no query has more than c such scores, its c highest hold them all (and
+    its k highest are enough). After a few blocks c is small, and this much cheaper than the top k.
+    """
+    n = scores.shape[1]
+    if n >= 2**15:
+        raise ValueError(f"a block of {n} passages: its counts would not fit int16")
+    # By default, truth values are summed in int64, which takes four times as long.
+    counts = (scores > kth_best).sum(dim=1, dtype=torch.int16)  # (b,)
+    return scores.topk(min(int(counts.max()), k))
+
+
+def merge(scores: list[Tensor], rows: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """Lists of scores (b, some) and of their rows (b, some) -> the k best: (b, k), (b, k)."""
+    best_scores, order = torch.cat(scores, dim=1).topk(k)  # (b, k)
+    best_rows = torch.cat(rows, dim=1).gather(1, order)  # (b, k)
+    return best_scores, best_rows
 
 
 def search_over_ranks(
     queries: Tensor, blocks: Iterable[tuple[np.ndarray, np.ndarray]], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """`search`, each rank in blocks of its own; every rank gets the best of all."""
-    scores, names = (result.cpu() for result in search(queries, blocks, k))  # (q, k)
-    world = dist.get_world_size()
-    scores_of_ranks = [torch.empty_like(scores) for _ in range(world)]
-    names_of_ranks = [torch.empty_like(names) for _ in range(world)]
+    scores, rows = (result.cpu() for result in search(queries, blocks, k))  # (q, k), (q, k)
+    scores_of_ranks = [torch.empty_like(scores) for _ in range(dist.get_world_size())]
+    rows_of_ranks = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
     dist.all_gather(scores_of_ranks, scores)
-    dist.all_gather(names_of_ranks, names)
-    best_scores, order = torch.cat(scores_of_ranks, dim=1).topk(k)  # (q, k)
-    best_names = torch.cat(names_of_ranks, dim=1).gather(1, order)  # (q, k)
-    return best_scores.numpy(), best_names.numpy()
+    dist.all_gather(rows_of_ranks, rows)
+    scores, rows = merge(scores_of_ranks, rows_of_ranks, k)
+    return scores.numpy(), rows.numpy()
 
 
 def corpus_blocks(
-    encoder: Encoder, corpus: Texts, max_length: int, folder: Path, files: list[Path]
+    encoder: Encoder,
+    corpus: Texts,
+    chunks: list[np.ndarray],
+    files: list[Path],
+    max_length: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The embeddings of this rank's chunks, BLOCK chunks at a time, with the rows they are of.
+    """The embeddings of the chunks, BLOCK chunks at a time, each with the rows that it is of.
 
-    `files` gets the names of the files that were used.
+    files: of each chunk, where its embeddings lie or will lie.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = cut_into_chunks(corpus, np.arange(len(corpus.ids)))[rank::world]
-    with tqdm(total=sum(map(len, mine)), unit="text", desc="corpus", disable=rank > 0) as bar:
-        for start in range(0, len(mine), BLOCK):
-            chunks = mine[start : start + BLOCK]
+    total = sum(len(rows) for rows in chunks)
+    with tqdm(total=total, unit="text", desc="corpus", disable=dist.get_rank() > 0) as bar:
+        for start in range(0, len(chunks), BLOCK):
+            block = chunks[start : start + BLOCK]
             embeddings = []
-            for chunk in chunks:
-                path = chunk_file(encoder, corpus, chunk, max_length, folder)
-                files.append(path)
-                embeddings.append(embed_chunk(encoder, corpus, chunk, max_length, path))
-                bar.update(len(chunk))
-            yield np.concatenate(embeddings), np.concatenate(chunks)
+            for rows, file in zip(block, files[start : start + BLOCK], strict=True):
+                embeddings.append(embed_rows(encoder, corpus, rows, max_length, file))
+                bar.update(len(rows))
+            yield np.concatenate(embeddings), np.concatenate(block)
 
 
 # ---- metrics -------------------------------------------------------------------------------------
@@ -373,9 +405,11 @@ def discounted_gain(gains: list[int]) -> float:
 
 
 def measure(grades: dict[str, int], scores: dict[str, float]) -> dict[str, float]:
-    """trec_eval's numbers for one query. A grade above 0 is relevant; without results all are 0.
+    """trec_eval's numbers for one query, MRR as its recip_rank of the first ten.
 
-    grades: {document: grade}, the judgements. scores: {document: score}, what was found.
+    grades: {document: grade}, the judgements; above 0 is relevant. scores: {document: score}, what
+    was found; what is not in there counts as not found, at any depth. If nothing is relevant, or
+    nothing was found, all numbers are 0.
     """
     gains = [max(0, grades.get(name, 0)) for name in rank_documents(scores)]
     ideal_gains = sorted((grade for grade in grades.values() if grade > 0), reverse=True)
@@ -388,8 +422,9 @@ def measure(grades: dict[str, int], scores: dict[str, float]) -> dict[str, float
     }
     for depth in (10, 100, 1000):
         values[f"Recall@{depth}"] = sum(rank <= depth for rank in ranks) / n_relevant
-    # The precision at the rank of each relevant document; those not found add 0.
-    precisions = [found / rank for found, rank in enumerate(ranks, 1) if rank <= 1000]
+    # The precision at the rank of each relevant document: n_found of the first `rank` are relevant.
+    # Those that were not found add 0.
+    precisions = [n_found / rank for n_found, rank in enumerate(ranks, 1) if rank <= 1000]
     values["MAP@1000"] = sum(precisions) / n_relevant
     return values
 
@@ -402,97 +437,109 @@ def mean(table: dict[str, dict[str, float]]) -> dict[str, float]:
 
 # ---- pairs to fine-tune on -----------------------------------------------------------------------
 
-Run = dict[str, dict[str, float]]  # query: {document: score}, best first
+Run = dict[str, dict[str, float]]  # query: {document: score}, best first; judged queries alone
 
 
 def mine_pairs(args, queries: Texts, corpus: Texts, qrels: Qrels, run: Run) -> list[dict]:
     """Rows {"query", "pos", "neg"}: the relevant documents, and hard negatives out of the run.
 
-    A negative stands at one of the ranks --ranks, is not judged relevant, and its text is not that
-    of a positive. The very first ranks are left out, as unjudged answers are often among them.
+    A negative has one of the ranks FIRST to LAST of --ranks, both included, is not judged relevant,
+    and its text is not that of a positive. The very first ranks are left out by default, as answers
+    that nobody has judged are often among them. "neg" can be empty: fine-tuning then has in-batch
+    negatives alone for this query.
     """
     first, last = args.ranks
-    rows = []
+    pairs = []
     for number, (query, found) in enumerate(run.items()):
         positives = [name for name, grade in qrels[query].items() if grade > 0]
         pos = [corpus.text(corpus.row_of[name]) for name in positives if name in corpus.row_of]
         pos = [text for text in pos if text]
         if not pos:
             continue
-        candidates = [name for name in list(found)[first - 1 : last] if name not in positives]
+        names = [name for name in list(found)[first - 1 : last] if name not in positives]
         random = np.random.default_rng([args.seed, number])
         neg: list[str] = []
-        for i in random.permutation(len(candidates)):
-            text = corpus.text(corpus.row_of[candidates[i]])
-            if len(neg) < args.negatives and text and text not in pos and text not in neg:
+        for i in random.permutation(len(names)):
+            if len(neg) == args.negatives:
+                break
+            text = corpus.text(corpus.row_of[names[i]])
+            if text and text not in pos and text not in neg:
                 neg.append(text)
-        rows.append({"query": queries.text(queries.row_of[query]), "pos": pos, "neg": neg})
-    return rows
+        pairs.append({"query": queries.text(queries.row_of[query]), "pos": pos, "neg": neg})
+    return pairs
 
 
 # ---- main ----------------------------------------------------------------------------------------
 
 
-def find_oddities(args, folder: Path, queries: Texts, corpus: Texts, qrels: Qrels) -> list[str]:
+def find_oddities(args, data: Path, queries: Texts, corpus: Texts, qrels: Qrels) -> list[str]:
     """What a reader of the numbers should know about the collection."""
-    documents = {name for grades in qrels.values() for name in grades}
-    oddities = {
-        "judged queries are not in queries.jsonl: they score 0": qrels.keys()
-        - queries.row_of.keys(),
-        "judged documents are not in corpus.jsonl: never found": documents - corpus.row_of.keys(),
-        "texts are empty: searched as they are": set(queries.empty + corpus.empty),
-    }
-    if not args.skip_identical_ids:
-        what = "queries have the id of a document, and may find themselves: --skip-identical-ids?"
-        oddities[what] = qrels.keys() & queries.row_of.keys() & corpus.row_of.keys()
-    notes = []
-    for what, names in oddities.items():
-        if names:
-            notes.append(f"{folder}: {len(names)} {what} ({', '.join(sorted(names)[:3])} ..)")
-    return notes
+    judged = {name for grades in qrels.values() for name in grades}
+    no_query = qrels.keys() - queries.row_of.keys()
+    no_document = judged - corpus.row_of.keys()
+    identical = qrels.keys() & queries.row_of.keys() & corpus.row_of.keys()
+    if args.skip_identical_ids:
+        identical = set()
+    oddities = [
+        (no_query, "judged queries are not in queries.jsonl: they score 0"),
+        (no_document, "judged documents are not in corpus.jsonl: never found"),
+        (queries.empty + corpus.empty, "texts are empty: searched as they are"),
+        (
+            identical,
+            "queries have the id of a document, and may find themselves: --skip-identical-ids?",
+        ),
+    ]
+    return [
+        f"{data}: {len(names)} {what} ({', '.join(sorted(names)[:3])} ..)"
+        for names, what in oddities
+        if names
+    ]
 
 
 def retrieve(
-    args, encoder: Encoder, queries: Texts, corpus: Texts, qrels: Qrels, folder: Path
+    args, encoder: Encoder, queries: Texts, corpus: Texts, qrels: Qrels, output: Path
 ) -> Run:
-    """The --top-k documents of each judged query."""
-    asked = np.array([i for i, name in enumerate(queries.ids) if name in qrels], np.int64)  # (q,)
-    if len(asked) == 0:
+    """The --top-k documents of each judged query. Embeddings lie in `output` until the end."""
+    judged = [row for row, name in enumerate(queries.ids) if name in qrels]  # q of them
+    if not judged:
         raise BadInput(
-            f"{queries.rows.paths[0]}: holds none of the queries that are judged in "
-            f"qrels/{args.split}.tsv: are they of another collection?"
+            f"{queries.path}: holds none of the queries that are judged in qrels/{args.split}.tsv: "
+            "are they of another collection?"
         )
-    vectors = embed_queries(encoder, queries, asked, args.query_prompt, args.query_length)
-    files: list[Path] = []
-    blocks = corpus_blocks(encoder, corpus, args.passage_length, folder, files)
-    # One more, as a query's own document is dropped before the cut to k, and not after.
-    k = args.top_k + args.skip_identical_ids
-    scores, rows = search_over_ranks(vectors.to(encoder.model.device), blocks, k)
+    vectors = embed_queries(
+        encoder, queries, np.array(judged), args.query_prompt, args.query_length
+    )  # (q, d)
+    chunks = cut_into_chunks(corpus.lines.lengths)[dist.get_rank() :: dist.get_world_size()]
+    files = [chunk_file(encoder, corpus, rows, args.passage_length, output) for rows in chunks]
+    blocks = corpus_blocks(encoder, corpus, chunks, files, args.passage_length)
+    # A query that finds itself loses that one, and should still have --top-k.
+    k = args.top_k + 1 if args.skip_identical_ids else args.top_k
+    scores, rows = search_over_ranks(vectors.to(encoder.model.device), blocks, k)  # (q, k)
     run: Run = {}
-    for i, query_scores, query_rows in zip(asked, scores, rows, strict=True):
-        query = queries.ids[i]
-        found = {}
-        for score, row in zip(query_scores.tolist(), query_rows.tolist(), strict=True):
-            if row >= 0 and not (args.skip_identical_ids and corpus.ids[row] == query):
-                found[corpus.ids[row]] = score
+    for i, query_row in enumerate(judged):
+        query = queries.ids[query_row]
+        hits = zip(rows[i].tolist(), scores[i].tolist(), strict=True)
+        found = {corpus.ids[row]: score for row, score in hits if row >= 0}
+        if args.skip_identical_ids:
+            found.pop(query, None)
         run[query] = {name: found[name] for name in rank_documents(found)[: args.top_k]}
     if not args.keep_embeddings:
-        for path in files:
-            path.unlink(missing_ok=True)
+        for file in files:
+            file.unlink(missing_ok=True)
     return run
 
 
-def evaluate(args, encoder: Encoder, data: Path, folder: Path) -> dict:
+def evaluate(args, encoder: Encoder, data: Path, output: Path) -> dict:
     """Searches and scores one collection. Rank 0 writes run.trec, metrics.json and the pairs."""
     qrels = read_qrels(data / "qrels" / f"{args.split}.tsv")
     queries = Texts(data / "queries.jsonl")
     corpus = Texts(data / "corpus.jsonl")
     notes = find_oddities(args, data, queries, corpus, qrels)
-    folder.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     if dist.get_rank() == 0:
         for note in notes:
             print(note, flush=True)
-    run = retrieve(args, encoder, queries, corpus, qrels, folder)
+    run = retrieve(args, encoder, queries, corpus, qrels, output)
     per_query = {name: measure(grades, run.get(name, {})) for name, grades in qrels.items()}
     result = {
         "documents": len(corpus.ids),
@@ -509,13 +556,13 @@ def evaluate(args, encoder: Encoder, data: Path, folder: Path) -> dict:
     for query, found in run.items():
         for rank, (name, score) in enumerate(found.items(), 1):
             lines.append(f"{query} Q0 {name} {rank} {score:.9g} llara\n")
-    write_aside(folder / "run.trec", "".join(lines))
-    write_aside(folder / "metrics.json", json.dumps(result, indent=1, default=str))
+    write_aside(output / "run.trec", "".join(lines).encode())
+    write_aside(output / "metrics.json", json.dumps(result, indent=1, default=str).encode())
     if args.pairs:
-        rows = mine_pairs(args, queries, corpus, qrels, run)
-        write_aside(args.pairs, "".join(json.dumps(row) + "\n" for row in rows))
-        negatives = sum(len(row["neg"]) for row in rows) / max(1, len(rows))
-        print(f"{args.pairs}: {len(rows)} rows with {negatives:.1f} negatives each")
+        pairs = mine_pairs(args, queries, corpus, qrels, run)
+        write_aside(args.pairs, "".join(json.dumps(pair) + "\n" for pair in pairs).encode())
+        negatives = sum(len(pair["neg"]) for pair in pairs) / max(1, len(pairs))
+        print(f"{args.pairs}: {len(pairs)} rows with {negatives:.1f} negatives each")
     return result
 
 
@@ -526,7 +573,8 @@ def print_table(results: dict[str, dict]) -> None:
         values = "".join(f"{value:12.4f}" for value in result["mean"].values())
         print(f"{name:24}{result['documents']:12}{result['queries']:12}{values}")
     if len(results) > 1:
-        print(f"{'average':48}" + "".join(f"{value:12.4f}" for value in average.values()))
+        values = "".join(f"{value:12.4f}" for value in average.values())
+        print(f"{'average':24}{'':12}{'':12}{values}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -537,23 +585,37 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", default="out", help="folder or hub name; default: out")
     add("--data", nargs="+", type=Path, help="folders in BEIR layout; default: Python's docstrings")
     add("--split", default="test", help="which qrels; default: test")
-    add("--output", type=Path, help="a folder; default: MODEL/eval. Results: OUTPUT/NAME-SPLIT/")
+    add("--output", type=Path, help="results go to OUTPUT/FOLDER-SPLIT/; default: MODEL/eval")
     # What is embedded, and how.
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="CUDA: bfloat16, CPU: float32")
-    add("--query-prompt", choices=["next", "self"], default="next", help="not fine-tuned: self")
+    add(
+        "--query-prompt",
+        choices=["next", "self"],
+        default="next",
+        help="self for a model that was adapted but not fine-tuned; default: next",
+    )
     add("--query-length", type=int, default=64, help="tokens, with the prompt; default: 64")
     add("--passage-length", type=int, default=160, help="tokens, with the prompt; default: 160")
     add("--batch-size", type=int, default=32, help="texts at a time; default: 32")
     add("--keep-embeddings", action="store_true", help="do not remove them at the end")
     # What is searched.
     add("--top-k", type=int, default=1000, help="documents a query; default: 1000")
-    add("--skip-identical-ids", action="store_true", help="for ArguAna and Quora")
-    # Pairs to fine-tune on.
     add(
-        "--pairs", type=Path, help="write rows of query, positives and mined negatives to this file"
+        "--skip-identical-ids",
+        action="store_true",
+        help="a query does not find the document of its own id (ArguAna, Quora)",
     )
+    # Pairs to fine-tune on.
+    add("--pairs", type=Path, help="write rows of query, positives and mined negatives to it")
     add("--negatives", type=int, default=8, help="of each query; default: 8")
-    add("--ranks", type=int, nargs=2, default=[10, 200], help="draw from these; default: 10 200")
+    add(
+        "--ranks",
+        type=int,
+        nargs=2,
+        default=[10, 200],
+        metavar=("FIRST", "LAST"),
+        help="draw negatives from these, both included; default: 10 200",
+    )
     add("--seed", type=int, default=0, help="of drawing negatives; default: 0")
     return parser.parse_args()
 
@@ -574,16 +636,21 @@ def check_arguments(args) -> None:
         raise BadInput(f"--pairs {args.pairs}: exists, and is not overwritten")
 
 
+def default_output(model: str) -> Path:
+    """eval/ in the model's folder; of a hub name ORGANISATION/NAME, NAME/eval."""
+    folder = Path(model)
+    return folder / "eval" if folder.is_dir() else Path(folder.name, "eval")
+
+
 def main() -> None:
     args = parse_arguments()
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing is forked here
+    # Tokenizers may use threads: unlike llara.py, this forks no workers.
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     transformers.utils.logging.disable_progress_bar()
+    # One process without torchrun. In here a BadInput ends the program with its sentence alone.
     with process_group():
         check_arguments(args)
-        model_folder = Path(args.model)
-        output = args.output or Path(
-            model_folder if model_folder.is_dir() else model_folder.name, "eval"
-        )
+        output = args.output or default_output(args.model)
         encoder = load_encoder(args, pick_device())
         collections = args.data or [output / "python"]
         if not args.data and dist.get_rank() == 0:

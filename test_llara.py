@@ -1178,7 +1178,7 @@ def test_malformed_collections_are_named(sentence, corpus, queries, qrels, tmp_p
     [
         ("--split dev", "dev.tsv: does not exist; the splits there are ['test']"),
         ("--model nowhere/at/all", "cannot read it"),
-        ("--passage-length 9", "tokens at least"),
+        ("--passage-length 9", "the prompts take 41 tokens"),
         ("--top-k 0", "--top-k 0: 1 at least"),
         ("--model plain", "not one token each"),
     ],
