@@ -13,14 +13,17 @@ plain text. After a passage come two prompts, in one sequence, and the model run
     EBAE  the states at <s1>..<s8> must predict the set of words of the passage itself.
     EBAR  the states at <s9>..<s16> must predict the set of words of the passage that follows it.
 
-    who sees whom:       prefix + passage    SELF       NEXT
-    prefix + passage         causal           -          -
+    a row sees:          prefix + passage    SELF       NEXT
+    prefix + passage         causal           -          -       -: comes later, hidden anyway
     SELF                      yes           causal       -
-    NEXT                      yes             no       causal
+    NEXT                      yes             no       causal    no: hidden by a mask of ours
 
-The embedding of a text is the mean of the eight states, scaled to length 1. Passages take the SELF
-prompt, queries the NEXT prompt: what follows a passage stands to it as an answer to a question.
-Adaptation is followed by fine-tuning on pairs of query and passage; search is by dot product.
+Each prompt closes the quote of the passage, and neither sees the other.
+
+The embedding of a text is the mean of the eight states, scaled to length 1. Adaptation, as above,
+is followed by fine-tuning on pairs of query and passage; search is by dot product. Passages take
+the SELF prompt. Queries take the NEXT prompt, as what follows a passage stands to it as an answer
+to a question; but before fine-tuning SELF too, since nothing yet has brought the two together.
 
     python llara.py                                           # a tiny model, Python's own docs
     torchrun llara.py --data wiki.jsonl --model HuggingFaceTB/SmolLM2-135M --output out
@@ -78,7 +81,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 # ==================================================================================================
-# THE METHOD. Shapes: B sequences, L tokens each, d wide states, V tokens in the vocabulary.
+# THE METHOD. Shapes: B sequences, L tokens each, d wide states, V tokens in the vocabulary, W words
+# in the largest bag; 8 special tokens in a prompt.
 # ==================================================================================================
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -133,39 +137,39 @@ def make_prompts(
         words = re.sub(special_token, "", prompt)
         word_ids = tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
         tokens = re.findall(special_token, prompt)
+        if not tokens or not prompt.endswith("".join(tokens)):
+            raise ValueError(f"{prompt!r} does not end with its special tokens")
         token_ids = tokenizer.convert_tokens_to_ids(tokens)
-        known = None not in token_ids and len(set(token_ids)) == len(tokens)
-        if not known or tokenizer.unk_token_id in token_ids:
+        if tokenizer.unk_token_id in token_ids:  # an unknown one gets this id, which can be None
             raise ValueError(
                 f"{' '.join(tokens)} are not one token each in this tokenizer: llara.load adds them"
             )
-        if not tokens or not prompt.endswith("".join(tokens)):
-            raise ValueError(f"{prompt!r} does not end with its special tokens")
         return word_ids + token_ids, len(tokens)
 
     self_ids, self_pooled = prompt_ids(self_prompt)
     next_ids, next_pooled = prompt_ids(next_prompt)
     if self_pooled != next_pooled:
         raise ValueError(f"SELF ends with {self_pooled} special tokens, NEXT with {next_pooled}")
-    prefix_ids = tokenizer(prefix, split_special_tokens=True).input_ids
-    quote_ids = tokenizer(prefix, add_special_tokens=False, split_special_tokens=True).input_ids
-    # Keep the BOS that this tokenizer puts first, if it does; an EOS that it appends would stand
-    # between the quote and the passage.
-    if prefix_ids[0] == tokenizer.bos_token_id:
-        quote_ids = [tokenizer.bos_token_id, *quote_ids]
-    return Prompts(quote_ids, self_ids, next_ids, self_pooled)
+    prefix_ids = tokenizer(prefix, add_special_tokens=False, split_special_tokens=True).input_ids
+    # If this tokenizer puts a BOS first, so do we. Not all that it adds: an EOS at the end would
+    # stand between the quote and the passage.
+    first_id = tokenizer(prefix, split_special_tokens=True).input_ids[0]
+    if first_id == tokenizer.bos_token_id:
+        prefix_ids = [first_id, *prefix_ids]
+    return Prompts(prefix_ids, self_ids, next_ids, self_pooled)
 
 
 # ---- the pretext tasks ---------------------------------------------------------------------------
 
-# Each task's bag of words, and the prompt whose states must predict it. Another task is a line in
-# each of these three tables, and its words in `Adaptation.read_examples`.
+# The tasks, each with the prompt whose states must predict its bag of words. Another task is a line
+# here, one in each of the two tables of weights, and its words in `Adaptation.read_examples`.
 BAG_TASKS = {"EBAE": "SELF", "EBAR": "NEXT"}
 
 # Beside them the model keeps its own task, AR: to predict the next token of the passage. The loss
-# is the weighted sum of the means. The released code has AR + 0.1 times the mean of the other two:
-# a pretrained model must not forget what it knows. The small model of the default has nothing to
-# forget and only minutes to learn, so its pretext tasks together weigh as much as AR.
+# is a weighted sum: of AR, a mean over tokens, and of EBAE and EBAR, means over passages. The
+# released code has AR + 0.1 times the mean of the other two: a pretrained model must not forget
+# what it knows. The small model of the default has nothing to forget and only minutes to learn, so
+# its pretext tasks together weigh as much as AR.
 PAPER_WEIGHTS = {"AR": 1.0, "EBAE": 0.05, "EBAR": 0.05}
 SMALL_WEIGHTS = {"AR": 1.0, "EBAE": 0.5, "EBAR": 0.5}
 TASKS = ("AR", *BAG_TASKS)
@@ -216,7 +220,7 @@ def collate(examples: Sequence[Example], prompts: Prompts) -> dict[str, Tensor]:
 
     input_ids (B, L): prefix + passage + SELF + NEXT. self_start (B,): the column of SELF.
     SELF_columns, NEXT_columns (B, 8): where the special tokens stand.
-    EBAE, EBAR (B, U): ids of the target words, padded with -100.
+    EBAE, EBAR (B, W): ids of the target words, padded with -100.
     counts (3,): what each loss is a mean over: tokens of passages, rows with words, rows with
     following words. ValueError if a pooled column does not hold its special token.
     """
@@ -239,7 +243,7 @@ def collate(examples: Sequence[Example], prompts: Prompts) -> dict[str, Tensor]:
             raise ValueError("a pooled column does not hold its special token")
     counts = [int(passage_lengths.sum())]
     for task, bag in zip(BAG_TASKS, bags, strict=True):
-        batch[task] = pad(bag, -100)  # (B, U)
+        batch[task] = pad(bag, -100)  # (B, W)
         counts.append(sum(len(ids) > 0 for ids in bag))
     batch["counts"] = torch.tensor(counts)  # (3,)
     return batch
@@ -249,26 +253,229 @@ def collate(examples: Sequence[Example], prompts: Prompts) -> dict[str, Tensor]:
 
 
 def bag_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """EBAE and EBAR: the sum over rows of -mean_{v in U} log_softmax(max_8 z)[v].
+    """EBAE and EBAR: the sum over rows of -mean_w log_softmax(max_8 z)[w], w its target words.
 
-    logits z (B, 8, V): at the special tokens. targets U (B, U): ids without repetition, padded with
+    logits z (B, 8, V): at the special tokens. targets (B, W): ids without repetition, padded with
     -100; a row without any adds nothing. -> scalar, in at least float32. Paper: section 3.2.
 
-    A bag, because retrieval asks which words are there, and not for their order. The maximum,
-    because then a word is named as soon as one of the eight states names it: they can share the
-    work, where a mean would ask every state for every word. In use the *states* are averaged: what
-    one of them holds is still in the mean, and two texts are compared by one dot product, not 64.
+    A bag, because retrieval asks which words are there, and not for their order. The maximum over
+    the eight, because then a word is named as soon as one of the states names it: they can share
+    the work, where a mean would ask every state for every word. In use it is the mean, and of the
+    states: it keeps what each of them holds, and compares two texts by one dot product.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, 8, V)
     log_probs = logits.amax(dim=1).log_softmax(dim=-1)  # (B, V)
-    is_target = targets >= 0  # (B, U)
-    target_log_probs = log_probs.gather(1, targets.clamp(min=0))  # (B, U)
+    is_target = targets >= 0  # (B, W)
+    target_log_probs = log_probs.gather(1, targets.clamp(min=0))  # (B, W)
     row_sums = target_log_probs.masked_fill(~is_target, 0.0).sum(dim=1)  # (B,)
     return -(row_sums / is_target.sum(dim=1).clamp(min=1)).sum()
 
 
+def total_loss(losses: Tensor, weights: Sequence[float] = tuple(PAPER_WEIGHTS.values())) -> Tensor:
+    """L = the weighted sum of AR, EBAE and EBAR. losses (3,) -> scalar."""
+    return (losses * torch.tensor(weights, dtype=losses.dtype, device=losses.device)).sum()
+
+
+def contrastive_loss(
+    queries: Tensor, passages: Tensor, excluded: Tensor, temperature: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE, the loss of fine-tuning: the mean over queries of -log softmax_p(q . p / T)[p+].
+
+    queries (Q, d), passages (P, d): unit rows; passage i is the positive of query i, all others are
+    negatives. excluded (Q, P) bool: True where a passage is no negative, as it answers the query.
+    -> the loss, and the share of queries that score their own passage highest, both scalars.
+    """
+    scores = queries @ passages.T / temperature  # (Q, P)
+    scores = scores.masked_fill(excluded, -torch.inf)
+    own_passage = torch.arange(len(queries), device=queries.device)  # (Q,)
+    loss = F.cross_entropy(scores, own_passage)
+    accuracy = (scores.argmax(dim=1) == own_passage).float().mean()
+    return loss, accuracy
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def embed(model: nn.Module, input_ids: Tensor, lengths: Tensor, pooled: int = 8) -> Tensor:
+    """Embeds sequences prefix + text + prompt: the mean of the states at the special tokens.
+
+    input_ids (B, L), padded on the right; lengths (B,), without pads -> (B, d) float32 unit rows.
+    There is no mask: causality hides the pads, and the fast kernel for causal attention runs.
+    """
+    hidden = final_states(model, input_ids=input_ids)  # (B, L, d)
+    columns = lengths[:, None] + torch.arange(-pooled, 0, device=lengths.device)  # (B, 8)
+    states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d)
+    return F.normalize(states.float().mean(dim=1), dim=-1)  # (B, d)
+
+
+@torch.inference_mode()
+def encode(
+    model: nn.Module,
+    tokenizer,
+    texts: str | Sequence[str],
+    prompt: str = "self",
+    max_length: int | None = None,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Embeds texts: (n, d) float32 unit rows, in the order of the texts; one string -> (d,).
+
+    model: an AutoModel or AutoModelForCausalLM of transformers, also with LoRA by peft, also
+    compiled; of any dtype, on any device. prompt: "self" for passages, "next" for queries (but
+    "self" before fine-tuning). max_length: in tokens, with the prompt; by default 512, or the
+    positions of the model if these are fewer. The result does not depend on the batch, but for
+    rounding.
+    ValueError: see `make_prompts` and `Prompts.around`; also if max_length is more than the model
+    has positions. FloatingPointError if an embedding is not finite.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if max_length is None:
+        max_length = min(512, positions)
+    if max_length > positions:
+        raise ValueError(f"a length of {max_length} tokens: the model has {positions} positions")
+    prompts = make_prompts(tokenizer)
+    if isinstance(texts, str):
+        return encode(model, tokenizer, [texts], prompt, max_length, batch_size)[0]
+    # A tokenizer's own truncation is state that two threads would share: we cut the ids instead.
+    # Special tokens in a text stay text: a row that says "<s1>" must not forge a prompt.
+    text_ids = []
+    if texts:
+        text_ids = tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True
+        ).input_ids
+    sequences = [prompts.around(ids, prompt, max_length) for ids in text_ids]
+    # Texts of like length together: little padding.
+    longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    device = model.get_input_embeddings().weight.device
+    embeddings = np.empty((len(sequences), model.config.hidden_size), np.float32)
+    was_training = model.training
+    model.train(False)
+    try:
+        for start in range(0, len(sequences), batch_size):
+            rows = longest_first[start : start + batch_size]
+            tensors = [torch.tensor(sequences[row]) for row in rows]
+            # As `pad` does, without it: this function is copied into other projects.
+            input_ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True)  # (b, L)
+            lengths = torch.tensor([len(tensor) for tensor in tensors])  # (b,)
+            input_ids, lengths = input_ids.to(device), lengths.to(device)
+            vectors = embed(model, input_ids, lengths, prompts.pooled)  # (b, d)
+            embeddings[rows] = vectors.cpu().numpy()
+    finally:
+        model.train(was_training)
+    if not np.isfinite(embeddings).all():
+        raise FloatingPointError("an embedding is not finite: take bfloat16 or float32 weights")
+    return embeddings
+
+
+class Llara(nn.Module):
+    """A causal language model with the pretext tasks on top. It adds no weights."""
+
+    def __init__(self, lm: nn.Module, prompts: Prompts):
+        super().__init__()
+        self.lm = lm
+        self.prompts = prompts
+
+    def forward(self, batch: dict[str, Tensor], tasks: Iterable[str] = TASKS) -> Tensor:
+        """A batch of `collate` -> (3,): AR, EBAE, EBAR; 0 for a task that is not in `tasks`.
+
+        Each is a sum over the batch, divided by batch["counts"]. In training these are set to the
+        counts of the global batch (see `adaptation_step`), of which a batch is a part: so the
+        losses of the parts add up to that of the whole, however it was split.
+
+        The head is applied here and not by the caller, since FSDP gathers its weights for the
+        duration of forward; and only where a loss needs it, since logits are what costs memory.
+        """
+        input_ids = batch["input_ids"]  # (B, L)
+        self_start = batch["self_start"]  # (B,)
+        mask, positions = joint_mask(self_start, len(self.prompts.SELF), input_ids.shape[1])
+        # (B, L, d):
+        hidden = final_states(
+            self.lm, input_ids=input_ids, attention_mask=mask, position_ids=positions
+        )
+        head = self.lm.get_output_embeddings()
+        zero = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = dict.fromkeys(TASKS, zero)
+
+        if "AR" in tasks:
+            # The state in column j predicts the token in column j + 1, if that is the passage's.
+            column = torch.arange(1, input_ids.shape[1], device=input_ids.device)  # (L-1,)
+            after_prefix = column >= len(self.prompts.prefix)  # (L-1,)
+            is_predicted = after_prefix & (column < self_start[:, None])  # (B, L-1)
+            # F.cross_entropy(hidden @ head.weight.T, ids, reduction="sum"), in less memory:
+            losses["AR"] = chunked_cross_entropy(
+                hidden[:, :-1][is_predicted],  # (N, d)
+                head.weight,
+                input_ids[:, 1:][is_predicted],  # (N,)
+            )
+        for task, prompt in BAG_TASKS.items():
+            if task in tasks:
+                columns = batch[f"{prompt}_columns"]  # (B, 8)
+                states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d)
+                losses[task] = bag_loss(head(states), batch[task])  # of logits (B, 8, V)
+        return torch.stack(list(losses.values())) / batch["counts"].clamp(min=1)
+
+    def embed(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """`embed` as a method, for which FSDP can gather the weights: (B, L), (B,) -> (B, d)."""
+        return embed(self.lm, input_ids, lengths, self.prompts.pooled)
+
+    def top_tokens(self, input_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k tokens that the pooled states of a sequence predict: (L,) -> (k,), (k,).
+
+        First by the maximum over the states, as trained; then by their mean, which the embedding is
+        but for its length, and that does not change the order of the logits.
+        """
+        hidden = final_states(self.lm, input_ids=input_ids[None])  # (1, L, d)
+        states = hidden[0, -self.prompts.pooled :]  # (8, d)
+        head = self.lm.get_output_embeddings()
+        by_max = head(states).amax(dim=0)  # (V,)
+        by_mean = head(states.mean(dim=0))  # (V,)
+        return by_max.topk(k).indices, by_mean.topk(k).indices
+
+
+# ==================================================================================================
+# THE METHOD ENDS HERE. What follows brings models and text to it, and runs it on many GPUs.
+# ==================================================================================================
+
+# ---- what the method stands on -------------------------------------------------------------------
+
+
+def final_states(model: nn.Module, **inputs) -> Tensor:
+    """(B, L, d): the hidden states after the last norm, without the logits where that is possible.
+
+    model: an AutoModel or AutoModelForCausalLM of transformers, also with LoRA by peft, also
+    compiled. The head is left out because logits of all tokens take more memory than all layers.
+    """
+    # torch.compile(model) wraps the model, model.compile() leaves its mark in it.
+    compiled = isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl
+    if compiled:
+        # To reach into it for its body would run that uncompiled. The last of these is normed.
+        return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    if hasattr(model, "get_base_model"):
+        # From peft: this is the model of transformers, with the adapters inside.
+        model = model.get_base_model()
+    body = model.base_model  # a causal model without its head; an AutoModel is its own body
+    return body(**inputs, use_cache=False).last_hidden_state
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512
+) -> Tensor:
+    """AR: the sum of -log_softmax(hidden @ weight.T)[target] over N tokens, in little memory.
+
+    hidden (N, d), weight (V, d), targets (N,) -> scalar, in at least float32.
+    ValueError if hidden and targets differ in length.
+
+    All logits, (N, V) in float32, are what fills the memory of the released code. Here they exist
+    `chunk` rows at a time, and the gradients are made while a chunk's logits are at hand: three
+    matrix products (logits, gradient of hidden, of weight), where to compute the logits once more
+    in the backward pass would take four.
+    """
+    if len(hidden) != len(targets):
+        raise ValueError(f"{len(hidden)} states for {len(targets)} targets")
+    return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """See `chunked_cross_entropy`."""
+    """See `chunked_cross_entropy`. The gradients are made in forward; backward only scales them."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
@@ -304,193 +511,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None
 
 
-def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512
-) -> Tensor:
-    """AR: the sum of -log_softmax(hidden @ weight.T)[target] over N tokens, in little memory.
-
-    hidden (N, d), weight (V, d), targets (N,) -> scalar, in at least float32.
-    ValueError if hidden and targets differ in length.
-
-    All logits, (N, V) in float32, are what fills the memory of the released code. Here they exist
-    `chunk` rows at a time, and the gradients are made while a chunk's logits are at hand: three
-    matrix products, where recomputing the logits in the backward pass would take four.
-    """
-    if len(hidden) != len(targets):
-        raise ValueError(f"{len(hidden)} states for {len(targets)} targets")
-    return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)
-
-
-def total_loss(losses: Tensor, weights: Sequence[float] = tuple(PAPER_WEIGHTS.values())) -> Tensor:
-    """L = the weighted sum of AR, EBAE and EBAR. losses (3,) -> scalar."""
-    return (losses * torch.tensor(weights, dtype=losses.dtype, device=losses.device)).sum()
-
-
-def contrastive_loss(
-    queries: Tensor, passages: Tensor, excluded: Tensor, temperature: float = 0.01
-) -> tuple[Tensor, Tensor]:
-    """InfoNCE, the loss of fine-tuning: the mean over queries of -log softmax_p(q . p / T)[p+].
-
-    queries (Q, d), passages (P, d): unit rows; passage i is the positive of query i, all others are
-    negatives. excluded (Q, P) bool: True where a passage is no negative, as it answers the query.
-    -> the loss, and the share of queries that score their own passage highest, both scalars.
-    """
-    scores = queries @ passages.T / temperature  # (Q, P)
-    scores = scores.masked_fill(excluded, -torch.inf)
-    own_passage = torch.arange(len(queries), device=queries.device)  # (Q,)
-    loss = F.cross_entropy(scores, own_passage)
-    accuracy = (scores.argmax(dim=1) == own_passage).float().mean()
-    return loss, accuracy
-
-
-# ---- the model -----------------------------------------------------------------------------------
-
-
-def final_states(model: nn.Module, **inputs) -> Tensor:
-    """(B, L, d): the hidden states after the last norm, without the logits where that is possible.
-
-    model: an AutoModel or AutoModelForCausalLM of transformers, also with LoRA by peft, also
-    compiled. The head is left out because logits of all tokens take more memory than all layers.
-    """
-    # torch.compile(model) wraps the model, model.compile() leaves its mark in it.
-    compiled = isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl
-    if compiled:
-        # To reach into it for its body would run that uncompiled.
-        return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]
-    if hasattr(model, "get_base_model"):
-        # From peft: this is the model of transformers, with the adapters inside.
-        model = model.get_base_model()
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
-
-
-def embed(model: nn.Module, input_ids: Tensor, lengths: Tensor, pooled: int = 8) -> Tensor:
-    """Embeds sequences prefix + text + prompt: the mean of the states at the special tokens.
-
-    input_ids (B, L), padded on the right; lengths (B,), without pads -> (B, d) float32 unit rows.
-    There is no mask: causality hides the pads, and the fast kernel for causal attention runs.
-    """
-    hidden = final_states(model, input_ids=input_ids)  # (B, L, d)
-    columns = lengths[:, None] + torch.arange(-pooled, 0, device=lengths.device)  # (B, 8)
-    states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d)
-    return F.normalize(states.float().mean(dim=1), dim=-1)  # (B, d)
-
-
-@torch.inference_mode()
-def encode(
-    model: nn.Module,
-    tokenizer,
-    texts: str | Sequence[str],
-    prompt: str = "self",
-    max_length: int | None = None,
-    batch_size: int = 32,
-) -> np.ndarray:
-    """Embeds texts: (n, d) float32 unit rows, in the order of the texts; one string -> (d,).
-
-    model: see `final_states`; of any dtype, on any device. prompt: "self" for passages, "next" for
-    queries. max_length: in tokens, with the prompt; by default 512, or the positions of the model
-    if these are fewer. The result does not depend on the batch, but for rounding.
-    ValueError: see `make_prompts` and `Prompts.around`; also if max_length is more than the model
-    has positions. FloatingPointError if an embedding is not finite.
-    """
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    if max_length is None:
-        max_length = min(512, positions)
-    if max_length > positions:
-        raise ValueError(f"a length of {max_length} tokens: the model has {positions} positions")
-    prompts = make_prompts(tokenizer)
-    if isinstance(texts, str):
-        return encode(model, tokenizer, [texts], prompt, max_length, batch_size)[0]
-    # A tokenizer's own truncation is state that two threads would share: we cut the ids instead.
-    # Special tokens in a text stay text: a row that says "<s1>" must not forge a prompt.
-    text_ids = []
-    if texts:
-        text_ids = tokenizer(
-            list(texts), add_special_tokens=False, split_special_tokens=True
-        ).input_ids
-    sequences = [prompts.around(ids, prompt, max_length) for ids in text_ids]
-    # Texts of like length together: little padding.
-    longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    device = model.get_input_embeddings().weight.device
-    embeddings = np.empty((len(sequences), model.config.hidden_size), np.float32)
-    was_training = model.training
-    model.train(False)
-    try:
-        for start in range(0, len(sequences), batch_size):
-            rows = longest_first[start : start + batch_size]
-            tensors = [torch.tensor(sequences[row]) for row in rows]
-            input_ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True)  # (b, L)
-            lengths = torch.tensor([len(tensor) for tensor in tensors])  # (b,)
-            input_ids, lengths = input_ids.to(device), lengths.to(device)
-            vectors = embed(model, input_ids, lengths, prompts.pooled)  # (b, d)
-            embeddings[rows] = vectors.cpu().numpy()
-    finally:
-        model.train(was_training)
-    if not np.isfinite(embeddings).all():
-        raise FloatingPointError("an embedding is not finite: take bfloat16 or float32 weights")
-    return embeddings
-
-
-class Llara(nn.Module):
-    """A causal language model with the pretext tasks on top. It adds no weights."""
-
-    def __init__(self, lm: nn.Module, prompts: Prompts):
-        super().__init__()
-        self.lm = lm
-        self.prompts = prompts
-
-    def forward(self, batch: dict[str, Tensor], tasks: Iterable[str] = TASKS) -> Tensor:
-        """A batch of `collate` -> (3,): AR, EBAE, EBAR; 0 for a task that is not in `tasks`.
-
-        Each is a sum over the batch, divided by batch["counts"]. If these are the counts of a
-        global batch, the losses of its micro-batches add up to it, however it was split.
-
-        The head is applied here and not by the caller, since FSDP gathers its weights for the
-        duration of forward; and only where a loss needs it, since logits are what costs memory.
-        """
-        input_ids = batch["input_ids"]  # (B, L)
-        self_start = batch["self_start"]  # (B,)
-        mask, positions = joint_mask(self_start, len(self.prompts.SELF), input_ids.shape[1])
-        # (B, L, d):
-        hidden = final_states(
-            self.lm, input_ids=input_ids, attention_mask=mask, position_ids=positions
-        )
-        head = self.lm.get_output_embeddings()
-        zero = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        losses = dict.fromkeys(TASKS, zero)
-
-        if "AR" in tasks:
-            # The state in column j predicts the token in column j + 1, if that is the passage's.
-            column = torch.arange(1, input_ids.shape[1], device=input_ids.device)  # (L-1,)
-            after_prefix = column >= len(self.prompts.prefix)  # (L-1,)
-            is_predicted = after_prefix & (column < self_start[:, None])  # (B, L-1)
-            losses["AR"] = chunked_cross_entropy(
-                hidden[:, :-1][is_predicted],  # (N, d)
-                head.weight,
-                input_ids[:, 1:][is_predicted],  # (N,)
-            )
-        for task, prompt in BAG_TASKS.items():
-            if task in tasks:
-                columns = batch[f"{prompt}_columns"]  # (B, 8)
-                states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d)
-                losses[task] = bag_loss(head(states), batch[task])  # of logits (B, 8, V)
-        return torch.stack(list(losses.values())) / batch["counts"].clamp(min=1)
-
-    def embed(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """`embed` as a method, for which FSDP can gather the weights: (B, L), (B,) -> (B, d)."""
-        return embed(self.lm, input_ids, lengths, self.prompts.pooled)
-
-    def top_tokens(self, input_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k tokens that the pooled states of a sequence predict: (L,) -> (k,), (k,).
-
-        First by the maximum over the states, as trained; then by their mean, the embedding's own
-        direction.
-        """
-        hidden = final_states(self.lm, input_ids=input_ids[None])  # (1, L, d)
-        states = hidden[0, -self.prompts.pooled :]  # (8, d)
-        head = self.lm.get_output_embeddings()
-        by_max = head(states).amax(dim=0)  # (V,)
-        by_mean = head(states.mean(dim=0))  # (V,)
-        return by_max.topk(k).indices, by_mean.topk(k).indices
+# ---- what an embedding says ----------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -513,16 +534,15 @@ def explain(
     return said
 
 
-# ==================================================================================================
-# THE METHOD ENDS HERE. What follows brings models and text to it, and runs it on many GPUs.
-# ==================================================================================================
+# ---- mistakes of the user ------------------------------------------------------------------------
 
 
 class BadInput(ValueError):
     """A mistake in what the user gave. The command line shows its sentence, without a traceback."""
 
     def __str__(self) -> str:
-        # A DataLoader raises an error of its workers again, with their traceback as its text.
+        # A DataLoader raises an error of its workers again, with their traceback as its text, which
+        # ends in "llara.BadInput: the sentence".
         return super().__str__().split("BadInput: ")[-1].strip()
 
 
@@ -537,11 +557,12 @@ def load(name: str | Path) -> tuple[nn.Module, Any]:
     be. BadInput if the model cannot be read, or cannot work.
     """
     lm, tokenizer = read_pretrained(AutoModelForCausalLM, name)
-    if lm.get_output_embeddings() is not None:
-        # A file can hold a head of its own although its config says tied: the file is what counts.
-        lm.config.tie_word_embeddings = (
-            lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
-        )
+    check_architecture(name, lm)
+    # A file can hold a head of its own although its configuration says tied. What the file has is
+    # what counts; training and saving go by this flag.
+    lm.config.tie_word_embeddings = (
+        lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    )
     tokens = re.findall(r"<[^<>\s]+>", SELF_PROMPT + NEXT_PROMPT)
     known = tokenizer.get_vocab()
     new = [token for token in dict.fromkeys(tokens) if token not in known]
@@ -556,7 +577,6 @@ def load(name: str | Path) -> tuple[nn.Module, Any]:
     with torch.no_grad():
         for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
             layer.weight[new_ids] = layer.weight[:n_before].mean(dim=0)
-    check_architecture(name, lm)
     return lm, tokenizer
 
 
@@ -623,6 +643,7 @@ class Sentences(nn.Module):
     """A saved model for sentence-transformers: SentenceTransformer(modules=[Sentences("out")]).
 
     Then encode_document takes the SELF prompt and encode_query the NEXT prompt, as `encode` does.
+    That library calls load, preprocess and forward, and asks for max_seq_length.
     """
 
     def __init__(self, folder: str, max_length: int = 512):
@@ -721,6 +742,12 @@ def check_length(name: str | Path, config, max_length: int, flag: str) -> None:
 
 # ---- rows and passages ---------------------------------------------------------------------------
 
+# A row is a line of a .jsonl file, of one of three kinds:
+#     an article         {"title", "text"}, cut into passages here; a title may be missing
+#     as released        {"input", "output_summarize", "output_predict"}: a passage and the texts
+#                        whose words EBAE and EBAR ask for, ready made
+#     to fine-tune       {"query", "pos", "neg"}: see `FineTuning.read_pair`
+
 # The English stop words of NLTK, as the released code has them. Those with an apostrophe are left
 # out: none can occur once punctuation is gone.
 STOP_WORDS = frozenset(
@@ -738,10 +765,11 @@ SENTENCE_END = re.compile(r"""[.!?]["')\]]*\s+|[。！？।؟]\s*|\n""")  # noq
 PASSAGE_SHARE = 0.9  # of the room for a passage that is planned for, so that few need cutting
 
 
-# A word: letters and digits, and the marks that follow them, as in Hindi, Thai or vocalised Arabic.
-# Python's \w does not know marks (nor the joiners of Indic scripts and Persian, the last two).
-MARKS = "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c)[0] == "M")
-WORD = re.compile(rf"[^\W_]+(?:[{MARKS}\u200c\u200d]+[^\W_]*)*")
+# A word: letters and digits, and the marks among them, as in Hindi, Thai or vocalised Arabic.
+# Python's \w does not know marks, nor the joiners of Indic scripts and Persian, U+200C and U+200D.
+ALL_CHARACTERS = map(chr, range(0x300, 0x1F000))
+MARKS = "".join(c for c in ALL_CHARACTERS if unicodedata.category(c).startswith("M"))
+WORD = re.compile(rf"[^\W_]+(?:[{MARKS}\u200c\u200d]+[^\W_]*)*")  # letters, (marks, letters) ..
 
 
 def content_words(text: str) -> str:
@@ -795,7 +823,8 @@ class Rows:
         self.line_numbers = np.array(line_numbers)
         self.starts = np.array(starts)
         self.lengths = np.array(lengths)  # (n,) bytes
-        self.foreign = np.array(foreign)  # (n,) bytes of characters that are not ASCII
+        # Bytes of characters that are not ASCII, for `tokens_per_row`:
+        self.foreign = np.array(foreign)  # (n,)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -890,11 +919,11 @@ def boundary(text: str, k: int, n: int) -> int:
 
 
 def tokens_per_row(rows: Rows, tokenizer, sample: int = 128) -> np.ndarray:
-    """(n,) float64: about how many tokens each row holds, from its bytes alone.
+    """(n,) float64: about how many tokens each article holds, from its bytes alone.
 
-    So the passages of a corpus can be counted before anything is tokenised. A byte of a foreign
-    script can take three times the tokens of an English one, so the two kinds are priced apart, by
-    least squares over a sample of rows.
+    So the passages of a corpus can be counted before it is tokenised. A byte of a foreign script
+    can take three times the tokens of an English one: so tokens = a * ASCII bytes + b * others,
+    where a and b are fitted to a sample of rows by least squares.
     """
     picked = np.linspace(0, len(rows) - 1, min(sample, len(rows))).astype(np.int64)
     plain = (rows.lengths - rows.foreign).astype(np.float64)  # (n,)
@@ -902,15 +931,15 @@ def tokens_per_row(rows: Rows, tokenizer, sample: int = 128) -> np.ndarray:
     features = []
     tokens = []
     for i in picked:
-        text = read_released(rows, i)[0] if is_released_row(rows[i]) else read_article(rows, i)
+        text = read_article(rows, i)
         head = text[:20_000]
         share = len(head) / max(1, len(text))
         ids = tokenizer(head, add_special_tokens=False, split_special_tokens=True).input_ids
         features.append([plain[i] * share, foreign[i] * share])
         tokens.append(len(ids))
-    prices, *_ = np.linalg.lstsq(np.array(features), np.array(tokens, np.float64))  # tokens a byte
-    plain_price, foreign_price = prices.clip(0.02, 2.0)
-    return plain * plain_price + foreign * foreign_price
+    fit, *_ = np.linalg.lstsq(np.array(features), np.array(tokens, np.float64))
+    tokens_per_plain_byte, tokens_per_foreign_byte = fit.clip(0.02, 2.0)
+    return plain * tokens_per_plain_byte + foreign * tokens_per_foreign_byte
 
 
 def cut_to_tokens(tokenizer, texts: list[str], room: int) -> list[tuple[list[int], int]]:
@@ -948,14 +977,15 @@ def global_batch(step: int, batch_size: int, seed: int, n: int) -> list[tuple[in
 def micro_batch_count(n: int, micro_batch_size: int, world: int) -> int:
     """How many micro-batches each rank runs for n sequences.
 
-    The same on every rank, as FSDP needs it, and none of them empty; so one can have a sequence
-    more than was asked for.
+    The same on every rank, as FSDP needs it, and none of them empty: 9 sequences on 8 ranks, one at
+    a time, would need 2, and 7 ranks have one sequence alone. So it is 1, of 2 sequences on a rank.
     """
     return min(math.ceil(n / (micro_batch_size * world)), n // world)
 
 
 def split_by_length(lengths: Sequence[int], count: int) -> list[np.ndarray]:
-    """Indices in `count` groups of like length, longest first: too large a group fails at once."""
+    """Indices in `count` groups of like length. The longest come first: if memory is too small for
+    them, this shows in the first step."""
     order = np.argsort([-length for length in lengths], kind="stable")
     return np.array_split(order, count)
 
@@ -1009,34 +1039,44 @@ class Adaptation(torch.utils.data.Dataset):
         return text[start:end].rstrip(), text[start:next_end]
 
     def read_examples(self, numbers: Sequence[int]) -> list[Example]:
-        """Reads and tokenises.
-
-        EBAE's words are those of the part of the passage that the model reads, and the following
-        passage begins where that part ends.
-        """
+        """Reads and tokenises: of each example the passage, and the bags in BAG_TASKS' order."""
         if is_released_row(self.rows[0]):
-            texts = [read_released(self.rows, i) for i in numbers]
-            passages = [passage for passage, _, _ in texts]
-            own = self.cut_texts([own for _, own, _ in texts])
-            following = [following for _, _, following in texts]
-            cuts = cut_to_tokens(self.tokenizer, passages, self.room)
+            passages, own_texts, next_texts = self.read_ready_made(numbers)
         else:
-            windows = [self.find_windows(number) for number in numbers]
-            passages = [passage for passage, _ in windows]
-            own = []
-            following = []
-            cuts = cut_to_tokens(self.tokenizer, passages, self.room)
-            for (passage, both), (_, covered) in zip(windows, cuts, strict=True):
-                own.append(passage[:covered])
-                following.append(both[covered:].strip())
-        passage_ids = [ids for ids, _ in cuts]
-        bags = [self.bags(own), self.bags(self.cut_texts(following))]  # in the order of BAG_TASKS
-        return list(zip(passage_ids, *bags, strict=True))
+            passages, own_texts, next_texts = self.read_windows(numbers)
+        bags = [self.bags(own_texts), self.bags(next_texts)]
+        return list(zip(passages, *bags, strict=True))
+
+    def read_ready_made(self, numbers: Sequence[int]) -> tuple[list, list[str], list[str]]:
+        """-> ids of passages, their own texts, the following ones: of rows as released.
+
+        All three are cut to the room of a passage.
+        """
+        texts = [read_released(self.rows, i) for i in numbers]
+        cuts = cut_to_tokens(self.tokenizer, [passage for passage, _, _ in texts], self.room)
+        own_texts = self.cut_texts([own_text for _, own_text, _ in texts])
+        next_texts = self.cut_texts([next_text for _, _, next_text in texts])
+        return [ids for ids, _ in cuts], own_texts, next_texts
+
+    def read_windows(self, numbers: Sequence[int]) -> tuple[list, list[str], list[str]]:
+        """-> ids of passages, their own texts, the following ones: of articles.
+
+        The own text is the part of the passage that the model reads, the room of a passage at most,
+        and the following text begins where that part ends.
+        """
+        windows = [self.find_windows(number) for number in numbers]
+        cuts = cut_to_tokens(self.tokenizer, [passage for passage, _ in windows], self.room)
+        own_texts = []
+        next_texts = []
+        for (passage, both), (_, n_covered) in zip(windows, cuts, strict=True):
+            own_texts.append(passage[:n_covered])
+            next_texts.append(both[n_covered:].strip())
+        return [ids for ids, _ in cuts], own_texts, self.cut_texts(next_texts)
 
     def cut_texts(self, texts: list[str]) -> list[str]:
         """The part of each text that would fit the room of a passage."""
         cuts = cut_to_tokens(self.tokenizer, texts, self.room)
-        return [text[:covered] for text, (_, covered) in zip(texts, cuts, strict=True)]
+        return [text[:n_covered] for text, (_, n_covered) in zip(texts, cuts, strict=True)]
 
     def bags(self, texts: list[str]) -> list[list[int]]:
         """The set of ids of each text's words, tokenised anew."""
@@ -1069,17 +1109,18 @@ def unigram_levels(examples: Sequence[Example], vocab_size: int) -> np.ndarray:
         for task_counts, bag in zip(counts[1:], bags, strict=True):
             # A row weighs the same in the loss, however many words it has.
             task_counts[bag] += 1 / max(1, len(bag))
-    frequencies = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    n_targets = counts.sum(axis=1, keepdims=True)  # (3, 1)
+    frequencies = counts / np.maximum(n_targets, 1)  # (3, V); 0 / 1 if there are no targets at all
     return -(frequencies * np.log(frequencies.clip(1e-30))).sum(axis=1)
 
 
 class FineTuning(torch.utils.data.Dataset):
     """Item `step`: {"micro_batches": of this rank, "excluded": (Q, P) bool}.
 
-    A micro-batch is a list of (row, ids): rows 0..Q-1 are the queries, Q..Q+P-1 the passages, of
-    which the first Q are the positives. Every query draws one of its positives and --group-size - 1
-    of its negatives, anew each epoch. All ranks read the global batch, to know which passages are
-    true for whom; each tokenises only its own sequences.
+    A micro-batch is a list of (place, ids), where place is 0..Q-1 for a query and Q..Q+P-1 for a
+    passage of the global batch; the first Q passages are the positives. Every query draws one of
+    its positives and --group-size - 1 of its negatives, anew each epoch. All ranks read the global
+    batch, to know which passages are true for whom; each tokenises only its own sequences.
     """
 
     def __init__(
@@ -1145,22 +1186,26 @@ class FineTuning(torch.utils.data.Dataset):
         args = self.args
         queries, passages, excluded = self.draw(step)
         texts = queries + passages
-        count = micro_batch_count(len(texts), args.micro_batch_size, self.world)
-        # A text far beyond the cut is no longer than the cut; five characters are about a token.
+        # Grouped before anything is tokenised, by lengths in characters: about five to a token.
+        # What is beyond the cut does not count.
         limit = 5 * max(args.query_length, args.passage_length)
-        groups = split_by_length([min(len(text), limit) for text in texts], count * self.world)
+        lengths = [min(len(text), limit) for text in texts]
+        count = micro_batch_count(len(texts), args.micro_batch_size, self.world)
+        groups = split_by_length(lengths, count * self.world)
         micro_batches = []
-        for group in groups[self.rank :: self.world]:
+        for group in groups[self.rank :: self.world]:  # so ranks have groups of like length too
             encoded = self.tokenizer(
-                [texts[row] for row in group], add_special_tokens=False, split_special_tokens=True
+                [texts[place] for place in group],
+                add_special_tokens=False,
+                split_special_tokens=True,
             )
             micro_batch = []
-            for row, ids in zip(group.tolist(), encoded.input_ids, strict=True):
-                if row < len(queries):
+            for place, ids in zip(group.tolist(), encoded.input_ids, strict=True):
+                if place < len(queries):
                     ids = self.prompts.around(ids, "next", args.query_length)
                 else:
                     ids = self.prompts.around(ids, "self", args.passage_length)
-                micro_batch.append((row, ids))
+                micro_batch.append((place, ids))
             micro_batches.append(micro_batch)
         return {"micro_batches": micro_batches, "excluded": excluded}
 
@@ -1174,7 +1219,10 @@ class FineTuning(torch.utils.data.Dataset):
 
 
 def docstrings() -> Iterator[tuple[str, str, str]]:
-    """(module, object, docstring) of Python's library: the prose that each installation carries."""
+    """(file, object's name, docstring) of Python's library: prose that each installation carries.
+
+    The name is "" for the docstring of a whole module.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
@@ -1271,13 +1319,15 @@ def process_group() -> Iterator[None]:
     try:
         yield
     except (BadInput, OSError, FloatingPointError) as error:
-        # At once: to leave the group can wait for the others, for as long as the timeout.
         script = Path(sys.argv[0]).name
         rank = f" (rank {dist.get_rank()})" if dist.get_world_size() > 1 else ""
         print(f"{script}{rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
-        if sys.exc_info()[0] is None or dist.get_world_size() == 1:
+        # After an error the other ranks may be in the middle of a step, and to leave the group
+        # would wait for them.
+        failed = sys.exc_info()[0] is not None
+        if not failed or dist.get_world_size() == 1:
             dist.destroy_process_group()
 
 
@@ -1295,7 +1345,10 @@ def from_rank_0(value: Any) -> Any:
 
 
 def shard(model: Llara, device: torch.device, dtype: torch.dtype) -> None:
-    """FSDP2 on any number of ranks, one included. Tied embeddings stay in one group, the root's.
+    """FSDP2 on any number of ranks, one included.
+
+    Each decoder layer is gathered by itself. What is in no layer stays in the root's group: the
+    embeddings and the head, which can be one and the same tensor.
 
     Weights, gradients and moments are float32. bfloat16 has the range of float32, so the loss needs
     no scaling; gradients are summed in float32.
@@ -1318,7 +1371,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def save_checkpoint(model: Llara, optimizer, output: Path, run: dict[str, Any]) -> None:
-    """Writes output/checkpoint-STEP: aside, renamed when it is whole; then the last one goes."""
+    """Writes output/checkpoint-STEP: aside, renamed when whole; then older ones are deleted."""
     old = checkpoints(output)
     aside = output / "unfinished"
     if dist.get_rank() == 0:
@@ -1365,7 +1418,8 @@ def adaptation_step(
     batches = [collate(examples, model.prompts) for examples in micro_batches]
     # A mean of the micro-batches' means would weigh tokens and rows unequally: each micro-batch is
     # divided by the counts of the whole global batch instead.
-    counts = torch.tensor(sum_over_ranks(sum(b["counts"] for b in batches).tolist()))  # (3,)
+    own_counts = torch.stack([batch["counts"] for batch in batches]).sum(dim=0)  # (3,)
+    counts = torch.tensor(sum_over_ranks(own_counts.tolist()))  # (3,)
     losses = torch.zeros(len(TASKS), device=device)
     for batch in batches:
         batch["counts"] = counts
@@ -1388,6 +1442,8 @@ def contrastive_step(
     train: bool = True,
 ) -> tuple[float, float]:
     """`contrastive_loss`, forward and backward, in the memory of one micro-batch.
+
+    It knows nothing of LLaRA, and works for any encoder.
 
     embed: inputs -> (b, d), differentiable; wrapped by FSDP or DDP if there are several ranks.
     micro_batches: of this rank, (rows, inputs): inputs are what `embed` takes; rows (b,) where they
@@ -1451,7 +1507,9 @@ def run_step(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """A step of either stage -> its losses by name, and what each is a mean over."""
     generator = np.random.SeedSequence([args.seed, step, dist.get_rank()])
-    seed = int(generator.generate_state(1, np.uint64)[0] >> 2)  # dropout: no two forwards alike
+    # For dropout: no two forwards alike. 62 bits, so that the seeds of micro-batches, which are
+    # this + 0, 1, 2 .., fit 63.
+    seed = int(generator.generate_state(1, np.uint64)[0] >> 2)
     if args.stage == "finetune":
         loss, accuracy = fine_tuning_step(model, item, args.temperature, device, seed, train)
         return {"loss": loss, "accuracy": accuracy}, {"loss": 1.0, "accuracy": 1.0}
@@ -1469,7 +1527,8 @@ def run_step(
 
 @torch.no_grad()
 def held_out_losses(model: Llara, dataset, args, device: torch.device) -> dict[str, float]:
-    """The same losses on held-out rows: on up to VALID_EXAMPLES of them, always the same."""
+    """The same losses on held-out rows, always the same: on as many whole batches as there are in
+    VALID_EXAMPLES of them, but at least on one (if rows are too few for it, they repeat)."""
     steps = max(1, min(dataset.n_examples, VALID_EXAMPLES) // args.batch_size)
     sums: dict[str, float] = {}
     totals: dict[str, float] = {}
@@ -1488,12 +1547,15 @@ def held_out_losses(model: Llara, dataset, args, device: torch.device) -> dict[s
 ADAM_BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 0.0
 CLIP_NORM = 1.0
-VALID_EXAMPLES = 256  # at most: each costs a forward
+VALID_EXAMPLES = 256  # see `held_out_losses`: each costs a forward
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 def get_lr(step: int, steps: int, peak: float, warmup: float) -> float:
-    """The rate of a step: linear up over the share `warmup` of the steps, then linear down."""
+    """The rate of a step: linear up over the share `warmup` of the steps, then linear down.
+
+    It would be 0 at step -1 and at step `steps`, the first that is not run.
+    """
     warmup_steps = max(1.0, warmup * steps)
     if step + 1 < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -1501,8 +1563,9 @@ def get_lr(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def text_sizes(item: Any, prompts: Prompts) -> list[float]:
-    """Of this rank's item: real tokens, the sum of their squares by sequence, and with padding."""
-    if isinstance(item, dict):
+    """Of this rank's item: its tokens; the sum over sequences of length squared, which is what
+    attention costs; its tokens and pads."""
+    if isinstance(item, dict):  # of `FineTuning`
         groups = [[len(ids) for _, ids in micro_batch] for micro_batch in item["micro_batches"]]
     else:
         extra = len(prompts.prefix) + len(prompts.SELF) + len(prompts.NEXT)
@@ -1523,7 +1586,10 @@ def peak_memory() -> float:
 def claim_output(args, output: Path) -> tuple[Path | None, str]:
     """-> the checkpoint to go on from, if any; what is wrong with the folder, if anything.
 
-    Left-overs of a run that failed before its first step do not block the next one.
+    During a run the folder holds log.jsonl, checkpoint-STEP/ (with the run's settings and its step
+    in run.json), "unfinished" while one is written, and by default base/ and python-docs.jsonl: the
+    small model before training, and its text. At the end the model, and run.json, which marks it
+    as finished. Left-overs of a run that failed before its first step do not block the next one.
     """
     found = checkpoints(output)
     if args.resume and found:
@@ -1658,6 +1724,17 @@ def update(model: Llara, optimizer, item: Any, args, device: torch.device, step:
     return {"step": step, **losses, "lr": lr, "grad_norm": norm}
 
 
+def count_weights_per_token(lm: nn.Module, stage: str) -> int:
+    """How many weights multiply each token: all layers, and in adaptation the head."""
+    embeddings = lm.get_input_embeddings().weight.numel()  # the head has as many
+    layers = lm.num_parameters() - embeddings
+    if not lm.config.tie_word_embeddings:
+        layers -= embeddings
+    if stage == "adapt":
+        return layers + embeddings
+    return layers
+
+
 def cost(model: Llara, item: Any, n_weights: int, seconds: float) -> dict[str, float]:
     """Throughput and memory of a step. n_weights: those that multiply each token."""
     tokens, squares, padded = sum_over_ranks(text_sizes(item, model.prompts))
@@ -1694,7 +1771,7 @@ def train(args) -> None:
         args.steps = math.ceil(dataset.n_examples / args.batch_size)  # one epoch
     settings = run_settings(args, rows)
     first_step = where_to_begin(checkpoint, settings)
-    items = start_workers(dataset, args, first_step)  # forked before anything talks to a GPU
+    items = start_workers(dataset, args, first_step)  # forked before GPUs hold or exchange anything
     if rank == 0:
         print(
             f"model      {args.model or 'from scratch'}: {lm.num_parameters():,} parameters\n"
@@ -1707,10 +1784,8 @@ def train(args) -> None:
             flush=True,
         )
 
-    # The model. A head multiplies every token, the input embeddings do not; they are as large.
-    n_weights = lm.num_parameters()
-    if not (lm.config.tie_word_embeddings and args.stage == "adapt"):
-        n_weights -= lm.get_input_embeddings().weight.numel()
+    # The model.
+    n_weights = count_weights_per_token(lm, args.stage)
     model, optimizer = make_model(args, lm, prompts, device, dtype)
     if checkpoint:
         load_checkpoint(model, optimizer, checkpoint)
@@ -1901,6 +1976,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     defaults = PAPER if args.model else SMALL_MODEL
     if args.stage == "finetune":
         defaults = FINE_TUNING
+    # All names of settings are in one of these two; those that this stage lacks must not be given.
     for name in (SMALL_MODEL | FINE_TUNING).keys() - defaults.keys():
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} means nothing with --stage {args.stage}")
