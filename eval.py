@@ -6,8 +6,10 @@
     FOLDER/qrels/test.tsv  query-id, corpus-id, score
 
 Passages are embedded with the SELF prompt (" summarize the above passage .."), queries with the
-NEXT prompt (" predict the following passage .."): see llara.py. Each query then gets the passages
-of the highest dot product, and nDCG, MRR, recall and MAP say, as trec_eval does, how good they are.
+NEXT prompt (" predict the following passage .."): see llara.py. With a model that was adapted, but
+not fine-tuned yet, queries do better with SELF too: --query-prompt self. Each query then gets the
+passages of the highest dot product, and nDCG, MRR, recall and MAP say, as trec_eval does, how good
+they are. --pairs writes pairs to fine-tune on, with hard negatives out of what was found.
 
     python eval.py                                    # ./out, on docstrings of Python's library
     python eval.py --model retriever --data data/scifact data/cranfield
@@ -69,7 +71,8 @@ class Texts:
 
     def __init__(self, path: Path):
         self.path = path
-        self.lines = Rows([path])  # lines[row] is a dict, lines.place(row) its "file:line"
+        # lines[row] is a dict, lines.place(row) its "file:line", lines.lengths (n,) are in bytes.
+        self.lines = Rows([path])
         self.ids: list[str] = []
         self.row_of: dict[str, int] = {}  # of an id
         self.empty: list[str] = []  # "file:line" of texts that are empty
@@ -92,7 +95,10 @@ class Texts:
         fields, place = self.lines[row], self.lines.place(row)
         if "_id" not in fields or "text" not in fields:
             raise BadInput(f'{place}: needs "_id" and "text"; its keys are {sorted(fields)[:5]}')
-        name = check_text(str(fields["_id"]), '"_id"', place)
+        name = fields["_id"]
+        if isinstance(name, int) and not isinstance(name, bool):
+            name = str(name)  # some collections number their texts
+        name = check_text(name, '"_id"', place)
         if not is_one_word(name):
             raise BadInput(
                 f"{place}: the id {name!r} is empty or has white space: no TREC run file holds such"
@@ -167,20 +173,21 @@ def write_aside(path: Path, content: bytes) -> None:
 def write_python_collection(folder: Path) -> None:
     """A collection of the docstrings in Python's library, for want of a better one.
 
-    A query is the first sentence, without the object's own name; its one relevant document is the
-    rest. A docstring that is short, or shares a line with any before it, is left out: a query with
-    two answers would have one of them counted as wrong.
+    A query is the first paragraph, without the object's own name; its one relevant document is the
+    rest. A docstring is left out if it is short, or has a query or a long line that came before: a
+    query with two answers would have one of them counted as wrong.
     """
     seen: set[str] = set()  # lines of all docstrings so far, those left out included
     corpus, queries, judgements = [], [], ["query-id\tcorpus-id\tscore"]
-    for _, name, text in docstrings():  # the name of a module's docstring is ""
+    for _, name, text in docstrings():
         summary, _, rest = text.partition("\n\n")
-        # "open(file, mode) -> a stream" says "-> a stream".
+        # Without name and arguments, "open(file, mode) -> a stream" becomes "-> a stream".
         own_name = re.compile(rf"\b{name}\b(\(.*?\))?", flags=re.IGNORECASE | re.DOTALL)
         query = " ".join(own_name.sub(" ", summary).split())
         long_lines = {line.strip() for line in rest.splitlines() if len(line) > 30}
         lines = long_lines | {query.lower()}
         is_long_enough = len(query.split()) > 3 and len(rest.split()) > 15
+        # Docstrings of modules, whose name is "", make no query.
         if name and is_long_enough and seen.isdisjoint(lines):
             number = len(corpus)
             corpus.append(json.dumps({"_id": f"d{number}", "text": " ".join(rest.split())}))
@@ -215,8 +222,9 @@ def load_encoder(args, device: torch.device) -> Encoder:
     model, tokenizer = read_pretrained(transformers.AutoModel, args.model, dtype)
     for flag, length in (("query", args.query_length), ("passage", args.passage_length)):
         check_length(args.model, model.config, length, f"--{flag}-length")
+    # The tokenizer can lack the special tokens, or the model their embeddings: it is another model.
     try:
-        prompts = make_prompts(tokenizer)
+        prompts = make_prompts(tokenizer)  # token ids: a text is prefix + text + SELF or NEXT
     except ValueError as error:
         raise BadInput(f"{args.model}: {error}; adapt it with llara.py first") from None
     n_prompt_tokens = len(prompts.prefix) + max(len(prompts.SELF), len(prompts.NEXT))
@@ -238,10 +246,10 @@ def load_encoder(args, device: torch.device) -> Encoder:
 
 
 def cut_into_chunks(lengths: np.ndarray) -> list[np.ndarray]:
-    """Lengths of texts (n,), in bytes -> their numbers 0 .. n-1 in chunks of CHUNK.
+    """Lengths of texts (n,), in bytes -> their positions 0 .. n-1 in chunks of CHUNK.
 
-    The longest come first, so that little is padded. Chunks are the same for any number of ranks,
-    and so are their embeddings, to the last bit.
+    The longest come first, so that little is padded. Chunks are the same for any number of ranks:
+    so any number can use the files that another has left, and gets the same to the last bit.
     """
     longest_first = np.argsort(-lengths, kind="stable")  # (n,)
     return [longest_first[start : start + CHUNK] for start in range(0, len(lengths), CHUNK)]
@@ -283,7 +291,7 @@ def embed_rows(
         pass  # not there, or damaged
     embeddings = encoder.embed([corpus.text(row) for row in rows], "self", max_length)
     if encoder.model.dtype != torch.float32:
-        # Half the room, and finer than what the model computes in: values are within -1 .. 1.
+        # Half the room; no coarser than bfloat16, and values from -1 to 1 are within its range.
         embeddings = embeddings.astype(np.float16)
     content = io.BytesIO()
     np.save(content, embeddings)
@@ -296,11 +304,11 @@ def embed_queries(
 ) -> Tensor:
     """The embeddings of rows (q,) of the queries: (q, d) float32, all of them on every rank."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    vectors = torch.zeros(len(rows), encoder.model.config.hidden_size)  # (q, d)
-    for chunk in cut_into_chunks(queries.lines.lengths[rows])[rank::world]:
-        texts = [queries.text(row) for row in rows[chunk]]
-        vectors[chunk] = torch.from_numpy(encoder.embed(texts, prompt, max_length))
-    dist.all_reduce(vectors)  # a sum: what other ranks have embedded is 0 here
+    vectors = torch.zeros(len(rows), encoder.model.config.hidden_size)  # (q, d), on the CPU
+    for positions in cut_into_chunks(queries.lines.lengths[rows])[rank::world]:
+        texts = [queries.text(row) for row in rows[positions]]
+        vectors[positions] = torch.from_numpy(encoder.embed(texts, prompt, max_length))
+    dist.all_reduce(vectors)  # a sum, by gloo: what other ranks have embedded is 0 here
     return vectors
 
 
@@ -316,7 +324,7 @@ def search(
     their rows in the corpus (n,) int64. An iterator will do: they are read once, in turn.
     -> scores (q, k), best first, and rows (q, k); -inf and -1 where there are fewer than k. Of
     passages that tie at the k-th place, any are taken.
-    ValueError if a block has 2^15 passages or more.
+    ValueError if a block has 2^15 passages or more: `candidates` counts in int16.
     """
     device = queries.device
     best_scores = torch.full((len(queries), k), -torch.inf, device=device)  # (q, k)
@@ -327,7 +335,8 @@ def search(
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             some = slice(start, start + QUERIES_AT_ONCE)  # b of the queries
             scores = queries[some] @ passages.T  # (b, n)
-            new_scores, columns = candidates(scores, best_scores[some, -1:], k)  # (b, c) each
+            kth_best = best_scores[some, -1:]  # (b, 1)
+            new_scores, columns = candidates(scores, kth_best, k)  # (b, c) each
             best_scores[some], best_rows[some] = merge(
                 [best_scores[some], new_scores], [best_rows[some], rows[columns]], k
             )
@@ -335,11 +344,12 @@ def search(
 
 
 def candidates(scores: Tensor, kth_best: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of scores (b, n), those that can enter the list of a query, and their columns: (b, c) each.
+    """Of scores (b, n), all that can enter the list of their query, and their columns: (b, c) each.
 
     kth_best (b, 1): the worst score in the list of each query; -inf while it is not full. Only what
-    beats it can enter. If no query has more than c such scores, its c highest hold them all (and
-    its k highest are enough). After a few blocks c is small, and this much cheaper than the top k.
+    beats it can enter. c is the largest number of such scores that any query has, k at most: the c
+    highest of each query hold them all. Some that cannot enter are among these, and `merge` drops
+    them. After a few blocks c is small, and this much cheaper than the top k.
     """
     n = scores.shape[1]
     if n >= 2**15:
@@ -376,7 +386,7 @@ def corpus_blocks(
     files: list[Path],
     max_length: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The embeddings of the chunks, BLOCK chunks at a time, each with the rows that it is of.
+    """BLOCK chunks at a time, their embeddings (n, d) and rows (n,): the blocks of `search`.
 
     files: of each chunk, where its embeddings lie or will lie.
     """
@@ -408,8 +418,8 @@ def measure(grades: dict[str, int], scores: dict[str, float]) -> dict[str, float
     """trec_eval's numbers for one query, MRR as its recip_rank of the first ten.
 
     grades: {document: grade}, the judgements; above 0 is relevant. scores: {document: score}, what
-    was found; what is not in there counts as not found, at any depth. If nothing is relevant, or
-    nothing was found, all numbers are 0.
+    was found; with --top-k 100 that is 100 documents, and Recall@1000 then counts no others. If
+    nothing is relevant, or nothing was found, all numbers are 0.
     """
     gains = [max(0, grades.get(name, 0)) for name in rank_documents(scores)]
     ideal_gains = sorted((grade for grade in grades.values() if grade > 0), reverse=True)
@@ -422,7 +432,7 @@ def measure(grades: dict[str, int], scores: dict[str, float]) -> dict[str, float
     }
     for depth in (10, 100, 1000):
         values[f"Recall@{depth}"] = sum(rank <= depth for rank in ranks) / n_relevant
-    # The precision at the rank of each relevant document: n_found of the first `rank` are relevant.
+    # The relevant document number n_found is at `rank`: the precision there is n_found / rank.
     # Those that were not found add 0.
     precisions = [n_found / rank for n_found, rank in enumerate(ranks, 1) if rank <= 1000]
     values["MAP@1000"] = sum(precisions) / n_relevant
@@ -437,7 +447,8 @@ def mean(table: dict[str, dict[str, float]]) -> dict[str, float]:
 
 # ---- pairs to fine-tune on -----------------------------------------------------------------------
 
-Run = dict[str, dict[str, float]]  # query: {document: score}, best first; judged queries alone
+# query: {document: score}, best first; of queries that are judged and in queries.jsonl
+Run = dict[str, dict[str, float]]
 
 
 def mine_pairs(args, queries: Texts, corpus: Texts, qrels: Qrels, run: Run) -> list[dict]:
@@ -587,7 +598,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--split", default="test", help="which qrels; default: test")
     add("--output", type=Path, help="results go to OUTPUT/FOLDER-SPLIT/; default: MODEL/eval")
     # What is embedded, and how.
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="CUDA: bfloat16, CPU: float32")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA")
     add(
         "--query-prompt",
         choices=["next", "self"],
@@ -624,9 +635,10 @@ def check_arguments(args) -> None:
     first, last = args.ranks
     if not 1 <= first <= last:
         raise BadInput(f"--ranks {first} {last}: two ranks, the first at least 1")
-    for flag in ("top_k", "batch_size", "query_length", "passage_length"):
-        if getattr(args, flag) < 1:
-            raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)}: 1 at least")
+    smallest = {"top_k": 1, "batch_size": 1, "query_length": 1, "passage_length": 1}
+    for flag, least in (smallest | {"negatives": 0, "seed": 0}).items():
+        if getattr(args, flag) < least:
+            raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {least} at least")
     names = [data.resolve().name for data in args.data or ()]
     if len(set(names)) < len(names):
         raise BadInput("--data: two folders of one name: their results would overwrite each other")
@@ -634,20 +646,24 @@ def check_arguments(args) -> None:
         raise BadInput("--pairs needs --data, one collection")
     if args.pairs and args.pairs.exists():
         raise BadInput(f"--pairs {args.pairs}: exists, and is not overwritten")
+    if args.pairs and not args.pairs.parent.is_dir():
+        raise BadInput(f"--pairs {args.pairs}: {args.pairs.parent} is no folder")
+    if args.pairs and last > args.top_k:
+        raise BadInput(f"--ranks {first} {last}: --top-k {args.top_k} does not reach so far")
 
 
 def default_output(model: str) -> Path:
-    """eval/ in the model's folder; of a hub name ORGANISATION/NAME, NAME/eval."""
+    """eval/ in the model's folder; for a hub name ORGANISATION/NAME, NAME/eval in this folder."""
     folder = Path(model)
     return folder / "eval" if folder.is_dir() else Path(folder.name, "eval")
 
 
 def main() -> None:
     args = parse_arguments()
-    # Tokenizers may use threads: unlike llara.py, this forks no workers.
+    # Tokenizers may use threads. In llara.py they may not: it forks workers, where they would hang.
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     transformers.utils.logging.disable_progress_bar()
-    # One process without torchrun. In here a BadInput ends the program with its sentence alone.
+    # Without torchrun, a group of this one process. In here a BadInput ends it with one sentence.
     with process_group():
         check_arguments(args)
         output = args.output or default_output(args.model)

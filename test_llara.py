@@ -1154,6 +1154,7 @@ JUDGED = HEADER + "q\td\t1\n"
         ("corpus.jsonl:2: the id 'd' is also that of", [ROW, ROW], [QUERY], JUDGED),
         ("corpus.jsonl: no rows in there", [], [QUERY], JUDGED),
         ("corpus.jsonl:1: needs", [{"_id": "d"}], [QUERY], JUDGED),
+        ('corpus.jsonl:1: "_id" should be', [{"_id": None, "text": "t"}], [QUERY], JUDGED),
         ("queries.jsonl:1: the id 'a b'", [ROW], [{"_id": "a b", "text": ""}], JUDGED),
         ("test.tsv:1: should be a header", [ROW], [QUERY], "q\td\t1\n"),
         ("test.tsv:2: 'q d 1' is not", [ROW], [QUERY], HEADER + "q d 1\n"),
@@ -1180,6 +1181,9 @@ def test_malformed_collections_are_named(sentence, corpus, queries, qrels, tmp_p
         ("--model nowhere/at/all", "cannot read it"),
         ("--passage-length 9", "the prompts take 41 tokens"),
         ("--top-k 0", "--top-k 0: 1 at least"),
+        ("--negatives -1", "--negatives -1: 0 at least"),
+        ("--pairs no/folder/pairs.jsonl", "no/folder is no folder"),
+        ("--pairs mined.jsonl --top-k 100", "--top-k 100 does not reach so far"),
         ("--model plain", "not one token each"),
     ],
 )
