@@ -1366,6 +1366,33 @@ def shard(model: Llara, device: torch.device, dtype: torch.dtype) -> None:
     register_fsdp_forward_method(model, "top_tokens")
 
 
+def load_on_rank_0(name: str | Path) -> tuple[nn.Module, Any]:
+    """`load` on rank 0; on the others the same model without weights, on the meta device.
+
+    So a node holds the weights once, 27 GB for 7B, and not once a rank. `fill_from_rank_0` follows.
+    """
+    if dist.get_rank() == 0:
+        lm, tokenizer = load(name)
+        from_rank_0((lm.config, tokenizer))
+        return lm, tokenizer
+    config, tokenizer = from_rank_0(None)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    return lm, tokenizer
+
+
+def fill_from_rank_0(model: Llara, weights: dict[str, Tensor], device: torch.device) -> None:
+    """Sends each rank its shards of rank 0's weights, {} elsewhere, to a model that is sharded."""
+    if dist.get_rank() > 0:
+        model.to_empty(device=device)
+    options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    dcp_state.set_model_state_dict(model, weights, options=options)
+    for buffer in model.buffers():  # such as the frequencies of RoPE, which no file holds
+        dist.broadcast(buffer, src=0)
+
+
 def checkpoints(output: Path) -> list[Path]:
     return sorted(output.glob("checkpoint-*"))
 
@@ -1635,7 +1662,7 @@ def prepare(args, output: Path) -> tuple[nn.Module, Any, Rows]:
         every = len(rows) // 2000 + 1
         make_small_model((read_article(rows, i)[:5000] for i in range(0, len(rows), every)), base)
     dist.barrier()
-    lm, tokenizer = load(args.model or base)
+    lm, tokenizer = load_on_rank_0(args.model or base)
     return lm, tokenizer, rows
 
 
@@ -1700,7 +1727,12 @@ def make_model(args, lm: nn.Module, prompts: Prompts, device: torch.device, dtyp
     if args.stage == "finetune" and not lm.config.tie_word_embeddings:
         lm.get_output_embeddings().requires_grad_(False)  # it takes no part
     model = Llara(lm, prompts).train()
-    shard(model, device, dtype)
+    if dist.get_world_size() == 1:
+        shard(model, device, dtype)
+    else:
+        weights = model.state_dict() if dist.get_rank() == 0 else {}
+        shard(model, device, dtype)
+        fill_from_rank_0(model, weights, device)
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, betas=ADAM_BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
