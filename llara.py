@@ -23,7 +23,8 @@ Each prompt closes the quote of the passage, and neither sees the other.
 The embedding of a text is the mean of the eight states, scaled to length 1. Adaptation, as above,
 is followed by fine-tuning on pairs of query and passage; search is by dot product. Passages take
 the SELF prompt. Queries take the NEXT prompt, as what follows a passage stands to it as an answer
-to a question; but before fine-tuning SELF too, since nothing yet has brought the two together.
+to a question. But before fine-tuning queries take SELF as well: until then, nothing has made SELF
+and NEXT embeddings comparable.
 
     python llara.py                                           # a tiny model, Python's own docs
     torchrun llara.py --data wiki.jsonl --model HuggingFaceTB/SmolLM2-135M --output out
@@ -133,6 +134,7 @@ def make_prompts(
     """
     special_token = r"<[^<>\s]+>"
 
+    # split_special_tokens: a "<s1>" or "</s>" within a text is tokenised as text.
     def prompt_ids(prompt):
         words = re.sub(special_token, "", prompt)
         word_ids = tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -151,8 +153,8 @@ def make_prompts(
     if self_pooled != next_pooled:
         raise ValueError(f"SELF ends with {self_pooled} special tokens, NEXT with {next_pooled}")
     prefix_ids = tokenizer(prefix, add_special_tokens=False, split_special_tokens=True).input_ids
-    # If this tokenizer puts a BOS first, so do we. Not all that it adds: an EOS at the end would
-    # stand between the quote and the passage.
+    # If this tokenizer puts a BOS first, so do we. It is not left to add_special_tokens=True, which
+    # in some tokenizers also appends an EOS: that would stand between the quote and the passage.
     first_id = tokenizer(prefix, split_special_tokens=True).input_ids[0]
     if first_id == tokenizer.bos_token_id:
         prefix_ids = [first_id, *prefix_ids]
@@ -260,8 +262,9 @@ def bag_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
     A bag, because retrieval asks which words are there, and not for their order. The maximum over
     the eight, because then a word is named as soon as one of the states names it: they can share
-    the work, where a mean would ask every state for every word. In use it is the mean, and of the
-    states: it keeps what each of them holds, and compares two texts by one dot product.
+    the work, where a mean would ask every state for every word. The embedding, by contrast, is a
+    mean, and of states, not of logits: what each of them holds is still in it, and two texts are
+    compared by one dot product.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (B, 8, V)
     log_probs = logits.amax(dim=1).log_softmax(dim=-1)  # (B, V)
@@ -302,9 +305,9 @@ def embed(model: nn.Module, input_ids: Tensor, lengths: Tensor, pooled: int = 8)
     input_ids (B, L), padded on the right; lengths (B,), without pads -> (B, d) float32 unit rows.
     There is no mask: causality hides the pads, and the fast kernel for causal attention runs.
     """
-    hidden = final_states(model, input_ids=input_ids)  # (B, L, d)
+    hidden = final_states(model, input_ids=input_ids)  # (B, L, d), after the last norm
     columns = lengths[:, None] + torch.arange(-pooled, 0, device=lengths.device)  # (B, 8)
-    states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d)
+    states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d): all of d
     return F.normalize(states.float().mean(dim=1), dim=-1)  # (B, d)
 
 
@@ -353,7 +356,8 @@ def encode(
         for start in range(0, len(sequences), batch_size):
             rows = longest_first[start : start + batch_size]
             tensors = [torch.tensor(sequences[row]) for row in rows]
-            # As `pad` does, without it: this function is copied into other projects.
+            # As `pad` does. To copy encode, these are needed: SELF_PROMPT, NEXT_PROMPT, Prompts,
+            # make_prompts, final_states, embed.
             input_ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True)  # (b, L)
             lengths = torch.tensor([len(tensor) for tensor in tensors])  # (b,)
             input_ids, lengths = input_ids.to(device), lengths.to(device)
@@ -377,9 +381,9 @@ class Llara(nn.Module):
     def forward(self, batch: dict[str, Tensor], tasks: Iterable[str] = TASKS) -> Tensor:
         """A batch of `collate` -> (3,): AR, EBAE, EBAR; 0 for a task that is not in `tasks`.
 
-        Each is a sum over the batch, divided by batch["counts"]. In training these are set to the
-        counts of the global batch (see `adaptation_step`), of which a batch is a part: so the
-        losses of the parts add up to that of the whole, however it was split.
+        Each is a sum over the batch, divided by batch["counts"]. In training these are overwritten
+        by the counts of the global batch, of which a batch is a part (see `adaptation_step`): so
+        the losses of the parts add up to that of the whole, however it was split.
 
         The head is applied here and not by the caller, since FSDP gathers its weights for the
         duration of forward; and only where a loss needs it, since logits are what costs memory.
@@ -396,10 +400,10 @@ class Llara(nn.Module):
         losses = dict.fromkeys(TASKS, zero)
 
         if "AR" in tasks:
-            # The state in column j predicts the token in column j + 1, if that is the passage's.
-            column = torch.arange(1, input_ids.shape[1], device=input_ids.device)  # (L-1,)
-            after_prefix = column >= len(self.prompts.prefix)  # (L-1,)
-            is_predicted = after_prefix & (column < self_start[:, None])  # (B, L-1)
+            # The tokens of the passage are predicted, each by the state one column before it.
+            predicted = torch.arange(1, input_ids.shape[1], device=input_ids.device)  # (L-1,)
+            after_prefix = predicted >= len(self.prompts.prefix)  # (L-1,)
+            is_predicted = after_prefix & (predicted < self_start[:, None])  # (B, L-1)
             # F.cross_entropy(hidden @ head.weight.T, ids, reduction="sum"), in less memory:
             losses["AR"] = chunked_cross_entropy(
                 hidden[:, :-1][is_predicted],  # (N, d)
@@ -409,7 +413,7 @@ class Llara(nn.Module):
         for task, prompt in BAG_TASKS.items():
             if task in tasks:
                 columns = batch[f"{prompt}_columns"]  # (B, 8)
-                states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d)
+                states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d): all of d
                 losses[task] = bag_loss(head(states), batch[task])  # of logits (B, 8, V)
         return torch.stack(list(losses.values())) / batch["counts"].clamp(min=1)
 
@@ -420,8 +424,8 @@ class Llara(nn.Module):
     def top_tokens(self, input_ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k tokens that the pooled states of a sequence predict: (L,) -> (k,), (k,).
 
-        First by the maximum over the states, as trained; then by their mean, which the embedding is
-        but for its length, and that does not change the order of the logits.
+        First by the maximum over the states, as trained; then by their mean. The embedding is this
+        mean scaled to length 1, and scaling does not change the order of the logits.
         """
         hidden = final_states(self.lm, input_ids=input_ids[None])  # (1, L, d)
         states = hidden[0, -self.prompts.pooled :]  # (8, d)
@@ -447,8 +451,9 @@ def final_states(model: nn.Module, **inputs) -> Tensor:
     # torch.compile(model) wraps the model, model.compile() leaves its mark in it.
     compiled = isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl
     if compiled:
-        # To reach into it for its body would run that uncompiled. The last of these is normed.
-        return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        # To reach into it for its body would run that uncompiled.
+        output = model(**inputs, use_cache=False, output_hidden_states=True)
+        return output.hidden_states[-1]  # this one is after the last norm
     if hasattr(model, "get_base_model"):
         # From peft: this is the model of transformers, with the adapters inside.
         model = model.get_base_model()
@@ -521,8 +526,11 @@ def explain(
     """What an embedding says: the k likeliest tokens of the SELF and of the NEXT states of a text.
 
     -> {"SELF, max": [words], "SELF, mean": .., "NEXT, max": .., "NEXT, mean": ..}: "max" as the
-    losses have it, "mean" the direction of the embedding itself.
+    losses have it, "mean" the direction of the embedding itself. The text is cut so that text and
+    prompt have max_length tokens, or as many as the model has positions.
     """
+    positions = getattr(model.lm.config, "max_position_embeddings", None)
+    max_length = min(max_length, positions or max_length)
     device = model.lm.get_input_embeddings().weight.device
     text_ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     said = {}
@@ -541,8 +549,8 @@ class BadInput(ValueError):
     """A mistake in what the user gave. The command line shows its sentence, without a traceback."""
 
     def __str__(self) -> str:
-        # A DataLoader raises an error of its workers again, with their traceback as its text, which
-        # ends in "llara.BadInput: the sentence".
+        # An error in a worker of a DataLoader comes out of it with the worker's whole traceback as
+        # its text, which ends in "llara.BadInput: the sentence". The sentence is kept.
         return super().__str__().split("BadInput: ")[-1].strip()
 
 
@@ -567,7 +575,8 @@ def load(name: str | Path) -> tuple[nn.Module, Any]:
     known = tokenizer.get_vocab()
     new = [token for token in dict.fromkeys(tokens) if token not in known]
     n_before = len(tokenizer)
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], True)
+    added = [AddedToken(token, special=True, normalized=False) for token in new]
+    tokenizer.add_tokens(added, special_tokens=True)
     embeddings = lm.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:  # some models have rows to spare
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -650,7 +659,8 @@ class Sentences(nn.Module):
         super().__init__()
         self.model, self.tokenizer = read_pretrained(AutoModel, folder)
         self.prompts = make_prompts(self.tokenizer)
-        self.max_seq_length = min(max_length, self.model.config.max_position_embeddings)
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        self.max_seq_length = min(max_length, positions or max_length)
 
     @classmethod
     def load(cls, folder: str, **kwargs) -> "Sentences":
@@ -762,13 +772,15 @@ STOP_WORDS = frozenset(
     """.split()  # noqa: SIM905 (shorter than a list)
 )
 SENTENCE_END = re.compile(r"""[.!?]["')\]]*\s+|[。！？।؟]\s*|\n""")  # noqa: RUF001
-PASSAGE_SHARE = 0.9  # of the room for a passage that is planned for, so that few need cutting
+# Windows of an article are planned to fill this share of the room that --max-length leaves for a
+# passage: they are planned by bytes, and few should turn out too long and be cut.
+PLANNED_SHARE = 0.9
 
 
 # A word: letters and digits, and the marks among them, as in Hindi, Thai or vocalised Arabic.
 # Python's \w does not know marks, nor the joiners of Indic scripts and Persian, U+200C and U+200D.
-ALL_CHARACTERS = map(chr, range(0x300, 0x1F000))
-MARKS = "".join(c for c in ALL_CHARACTERS if unicodedata.category(c).startswith("M"))
+SCRIPTS = map(chr, range(0x300, 0x1F000))  # where marks are found
+MARKS = "".join(c for c in SCRIPTS if unicodedata.category(c).startswith("M"))
 WORD = re.compile(rf"[^\W_]+(?:[{MARKS}\u200c\u200d]+[^\W_]*)*")  # letters, (marks, letters) ..
 
 
@@ -804,7 +816,8 @@ class Rows:
         self.files = [open(path, "rb") for path in self.paths]  # noqa: SIM115 (read later)
         # Positions and lengths are 64 bits wide: a file can have more than 2^31 bytes.
         file_numbers, line_numbers, starts = array("q"), array("q"), array("q")
-        lengths, foreign = array("q"), array("q")
+        lengths = array("q")
+        foreign = array("q")  # bytes of characters that are not ASCII, for `tokens_per_row`
         for file_number, file in enumerate(self.files):
             start = 0
             for line_number, line in enumerate(file, 1):
@@ -823,8 +836,7 @@ class Rows:
         self.line_numbers = np.array(line_numbers)
         self.starts = np.array(starts)
         self.lengths = np.array(lengths)  # (n,) bytes
-        # Bytes of characters that are not ASCII, for `tokens_per_row`:
-        self.foreign = np.array(foreign)  # (n,)
+        self.foreign = np.array(foreign)  # (n,) bytes
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -871,6 +883,13 @@ RELEASED_KEYS = ("input", "output_summarize", "output_predict")
 
 def is_released_row(row: dict[str, Any]) -> bool:
     return "input" in row
+
+
+def read_text(rows: Rows, i: int) -> str:
+    """What a model reads of a row: an article, or a passage as released."""
+    if is_released_row(rows[0]):
+        return read_released(rows, i)[0]
+    return read_article(rows, i)
 
 
 def read_article(rows: Rows, i: int) -> str:
@@ -932,7 +951,7 @@ def tokens_per_row(rows: Rows, tokenizer, sample: int = 128) -> np.ndarray:
     tokens = []
     for i in picked:
         text = read_article(rows, i)
-        head = text[:20_000]
+        head = text[:20_000]  # alone is tokenised, and stands for its share of the row's bytes
         share = len(head) / max(1, len(text))
         ids = tokenizer(head, add_special_tokens=False, split_special_tokens=True).input_ids
         features.append([plain[i] * share, foreign[i] * share])
@@ -968,8 +987,8 @@ def global_batch(step: int, batch_size: int, seed: int, n: int) -> list[tuple[in
     A pure function, so a run can go on at any step, on any number of ranks.
     """
     pairs = []
-    for place in range(step * batch_size, (step + 1) * batch_size):
-        epoch, i = divmod(place, n)
+    for number in range(step * batch_size, (step + 1) * batch_size):
+        epoch, i = divmod(number, n)
         pairs.append((epoch, int(epoch_order(seed, epoch, n)[i])))
     return pairs
 
@@ -977,8 +996,9 @@ def global_batch(step: int, batch_size: int, seed: int, n: int) -> list[tuple[in
 def micro_batch_count(n: int, micro_batch_size: int, world: int) -> int:
     """How many micro-batches each rank runs for n sequences.
 
-    The same on every rank, as FSDP needs it, and none of them empty: 9 sequences on 8 ranks, one at
-    a time, would need 2, and 7 ranks have one sequence alone. So it is 1, of 2 sequences on a rank.
+    The same on every rank, as FSDP needs it, and none of them empty. So a micro-batch can be one
+    sequence too large: of 9 sequences on 8 ranks, one rank has two. Two micro-batches of one would
+    leave the second of all other ranks empty.
     """
     return min(math.ceil(n / (micro_batch_size * world)), n // world)
 
@@ -1016,7 +1036,7 @@ class Adaptation(torch.utils.data.Dataset):
         if is_released_row(rows[0]):
             examples_per_row = np.ones(len(rows), np.int64)
         else:
-            windows = np.ceil(tokens_per_row(rows, tokenizer) / (PASSAGE_SHARE * self.room))
+            windows = np.ceil(tokens_per_row(rows, tokenizer) / (PLANNED_SHARE * self.room))
             examples_per_row = np.maximum(windows.astype(np.int64) - 1, 0)
         self.ends = np.cumsum(examples_per_row)  # (n,) examples up to and including each row
         self.n_examples = int(self.ends[-1])
@@ -1027,7 +1047,10 @@ class Adaptation(torch.utils.data.Dataset):
             )
 
     def find_windows(self, example: int) -> tuple[str, str]:
-        """-> the passage of an example, and the text from its start to the end of the next one."""
+        """-> the passage of an example, and the text from its start to the end of the next one.
+
+        From its start, as the next one begins where the model stops reading: see `read_windows`.
+        """
         row = int(np.searchsorted(self.ends, example, side="right"))
         first = int(self.ends[row - 1]) if row else 0
         n_windows = int(self.ends[row]) - first + 1
@@ -1117,10 +1140,10 @@ def unigram_levels(examples: Sequence[Example], vocab_size: int) -> np.ndarray:
 class FineTuning(torch.utils.data.Dataset):
     """Item `step`: {"micro_batches": of this rank, "excluded": (Q, P) bool}.
 
-    A micro-batch is a list of (place, ids), where place is 0..Q-1 for a query and Q..Q+P-1 for a
+    A micro-batch is a list of (slot, ids), where the slot is 0..Q-1 for a query and Q..Q+P-1 for a
     passage of the global batch; the first Q passages are the positives. Every query draws one of
-    its positives and --group-size - 1 of its negatives, anew each epoch. All ranks read the global
-    batch, to know which passages are true for whom; each tokenises only its own sequences.
+    its positives, and negatives up to --group-size passages, anew each epoch. All ranks read the
+    global batch, to know which passages are true for whom; each tokenises only its own sequences.
     """
 
     def __init__(
@@ -1195,17 +1218,17 @@ class FineTuning(torch.utils.data.Dataset):
         micro_batches = []
         for group in groups[self.rank :: self.world]:  # so ranks have groups of like length too
             encoded = self.tokenizer(
-                [texts[place] for place in group],
+                [texts[slot] for slot in group],
                 add_special_tokens=False,
                 split_special_tokens=True,
             )
             micro_batch = []
-            for place, ids in zip(group.tolist(), encoded.input_ids, strict=True):
-                if place < len(queries):
+            for slot, ids in zip(group.tolist(), encoded.input_ids, strict=True):
+                if slot < len(queries):
                     ids = self.prompts.around(ids, "next", args.query_length)
                 else:
                     ids = self.prompts.around(ids, "self", args.passage_length)
-                micro_batch.append((place, ids))
+                micro_batch.append((slot, ids))
             micro_batches.append(micro_batch)
         return {"micro_batches": micro_batches, "excluded": excluded}
 
@@ -1326,7 +1349,7 @@ def process_group() -> Iterator[None]:
     finally:
         # After an error the other ranks may be in the middle of a step, and to leave the group
         # would wait for them.
-        failed = sys.exc_info()[0] is not None
+        failed = sys.exc_info()[0] is not None  # the SystemExit of above included
         if not failed or dist.get_world_size() == 1:
             dist.destroy_process_group()
 
@@ -1473,8 +1496,9 @@ def contrastive_step(
     It knows nothing of LLaRA, and works for any encoder.
 
     embed: inputs -> (b, d), differentiable; wrapped by FSDP or DDP if there are several ranks.
-    micro_batches: of this rank, (rows, inputs): inputs are what `embed` takes; rows (b,) where they
-    belong among the Q queries and P passages of all ranks. excluded (Q, P): see `contrastive_loss`.
+    micro_batches: of this rank, (slots, inputs): inputs are what `embed` takes; slots (b,) where
+    they belong among the Q queries and P passages of all ranks. excluded (Q, P): see
+    `contrastive_loss`.
     -> the loss and the accuracy over the global batch.
 
     Gradient caching (arXiv 2101.06983): embed everything without a graph; the loss then gives a
@@ -1494,18 +1518,18 @@ def contrastive_step(
     with torch.no_grad():
         parts = [embed_seeded(i) for i in range(len(micro_batches))]  # each (b, d)
         vectors = parts[0].new_zeros(n_queries + n_passages, parts[0].shape[1])  # (Q + P, d)
-        for (rows, _), part in zip(micro_batches, parts, strict=True):
-            vectors[rows] = part
+        for (slots, _), part in zip(micro_batches, parts, strict=True):
+            vectors[slots] = part
         if world > 1:
-            dist.all_reduce(vectors)  # the rows of other ranks are 0 here
+            dist.all_reduce(vectors)  # a sum: the slots of other ranks are 0 here
     vectors.requires_grad_(train)
     queries, passages = vectors.split([n_queries, n_passages])  # (Q, d), (P, d)
     loss, accuracy = contrastive_loss(queries, passages, excluded, temperature)
     if train:
         loss.backward()
-        for i, (rows, _) in enumerate(micro_batches):
+        for i, (slots, _) in enumerate(micro_batches):
             # The gradient of this sum is that of the loss. FSDP and DDP take the mean over ranks.
-            surrogate = (embed_seeded(i) * vectors.grad[rows]).sum()
+            surrogate = (embed_seeded(i) * vectors.grad[slots]).sum()
             (surrogate * world).backward()
     return loss.item(), accuracy.item()
 
@@ -1521,10 +1545,10 @@ def fine_tuning_step(
     """`contrastive_step` on an item of `FineTuning`."""
     micro_batches = []
     for micro_batch in item["micro_batches"]:
-        rows = torch.tensor([row for row, _ in micro_batch], device=device)  # (b,)
+        slots = torch.tensor([slot for slot, _ in micro_batch], device=device)  # (b,)
         input_ids = pad([ids for _, ids in micro_batch]).to(device)  # (b, L)
         lengths = torch.tensor([len(ids) for _, ids in micro_batch], device=device)  # (b,)
-        micro_batches.append((rows, (input_ids, lengths)))
+        micro_batches.append((slots, (input_ids, lengths)))
     excluded = torch.from_numpy(item["excluded"]).to(device)  # (Q, P)
     return contrastive_step(model.embed, micro_batches, excluded, temperature, seed, train)
 
@@ -1532,7 +1556,10 @@ def fine_tuning_step(
 def run_step(
     model: Llara, item: Any, args, device: torch.device, step: int, train: bool = True
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """A step of either stage -> its losses by name, and what each is a mean over."""
+    """A step of either stage -> its losses by name, and their weights in a mean over steps.
+
+    AR, EBAE and EBAR weigh as much as they have tokens or rows to be a mean over, the others 1.
+    """
     generator = np.random.SeedSequence([args.seed, step, dist.get_rank()])
     # For dropout: no two forwards alike. 62 bits, so that the seeds of micro-batches, which are
     # this + 0, 1, 2 .., fit 63.
@@ -1554,8 +1581,8 @@ def run_step(
 
 @torch.no_grad()
 def held_out_losses(model: Llara, dataset, args, device: torch.device) -> dict[str, float]:
-    """The same losses on held-out rows, always the same: on as many whole batches as there are in
-    VALID_EXAMPLES of them, but at least on one (if rows are too few for it, they repeat)."""
+    """The same losses on held-out rows, always the same ones: as many batches as fit in
+    VALID_EXAMPLES examples, and at least one (rows that are too few for it repeat)."""
     steps = max(1, min(dataset.n_examples, VALID_EXAMPLES) // args.batch_size)
     sums: dict[str, float] = {}
     totals: dict[str, float] = {}
@@ -1616,7 +1643,8 @@ def claim_output(args, output: Path) -> tuple[Path | None, str]:
     During a run the folder holds log.jsonl, checkpoint-STEP/ (with the run's settings and its step
     in run.json), "unfinished" while one is written, and by default base/ and python-docs.jsonl: the
     small model before training, and its text. At the end the model, and run.json, which marks it
-    as finished. Left-overs of a run that failed before its first step do not block the next one.
+    as finished. Without --resume any checkpoint or log is a reason to refuse. Left-overs of a run
+    that failed before its first step do not block the next one.
     """
     found = checkpoints(output)
     if args.resume and found:
@@ -1660,7 +1688,7 @@ def prepare(args, output: Path) -> tuple[nn.Module, Any, Rows]:
     if not args.model and rank == 0:
         torch.manual_seed(args.seed)
         every = len(rows) // 2000 + 1
-        make_small_model((read_article(rows, i)[:5000] for i in range(0, len(rows), every)), base)
+        make_small_model((read_text(rows, i)[:5000] for i in range(0, len(rows), every)), base)
     dist.barrier()
     lm, tokenizer = load_on_rank_0(args.model or base)
     return lm, tokenizer, rows
@@ -1770,7 +1798,7 @@ def count_weights_per_token(lm: nn.Module, stage: str) -> int:
 def cost(model: Llara, item: Any, n_weights: int, seconds: float) -> dict[str, float]:
     """Throughput and memory of a step. n_weights: those that multiply each token."""
     tokens, squares, padded = sum_over_ranks(text_sizes(item, model.prompts))
-    row = {"tokens/s": tokens / seconds, "padding": 1 - tokens / padded, "GB": peak_memory()}
+    row = {"tokens/s": tokens / seconds, "padding": 1 - tokens / padded, "GiB": peak_memory()}
     if torch.cuda.is_available():
         config = model.lm.config
         # Forward and backward: 6 FLOPs a weight and token, and 6 d L^2 a layer for causal
@@ -1836,7 +1864,7 @@ def train(args) -> None:
                 row.update(held_out_losses(model, held_out, args, device))
             if log:
                 log.write(row)
-            shown = [key for key in row if key not in ("step", "padding", "GB")]
+            shown = [key for key in row if key not in ("step", "padding", "GiB")]
             bar.set_postfix_str(" ".join(f"{key} {row[key]:.4g}" for key in shown))
             bar.update()
             if is_saved and not is_last:

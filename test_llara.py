@@ -857,7 +857,7 @@ def read_log(folder):
 
 def assert_same_run(a, b, tolerance):
     """Step for step, and at the end. tolerance 0: bit for bit."""
-    keys = read_log(b)[0].keys() - {"tokens/s", "padding", "GB"}
+    keys = read_log(b)[0].keys() - {"tokens/s", "padding", "GiB"}
     for key in keys:
         values = [[row[key] for row in read_log(folder)] for folder in (a, b)]
         np.testing.assert_allclose(*values, rtol=tolerance)
@@ -952,6 +952,12 @@ def test_from_text_to_a_model(unbroken):
     features = sentences(sentences.preprocess(["A llama.", "b"], task="query"))
     ours = llara.encode(model, tokenizer, ["A llama.", "b"], "next")
     assert_same(torch.tensor(ours), features["sentence_embedding"])
+
+
+def test_from_rows_as_released_to_a_model():
+    """The small model is made from their passages, too."""
+    run("--data rows.jsonl --steps 1 --max-length 96 --batch-size 2 --output released --workers 0")
+    assert Path("released/model.safetensors").exists()
 
 
 def test_fine_tuning_on_two_ranks():
