@@ -781,7 +781,8 @@ PLANNED_SHARE = 0.9
 # Python's \w does not know marks, nor the joiners of Indic scripts and Persian, U+200C and U+200D.
 SCRIPTS = map(chr, range(0x300, 0x1F000))  # where marks are found
 MARKS = "".join(c for c in SCRIPTS if unicodedata.category(c).startswith("M"))
-WORD = re.compile(rf"[^\W_]+(?:[{MARKS}\u200c\u200d]+[^\W_]*)*")  # letters, (marks, letters) ..
+NOT_ASCII = r"(?=[^\x00-\x7f])"  # looked at first: to try a space against all marks takes long
+WORD = re.compile(rf"[^\W_]+(?:{NOT_ASCII}[{MARKS}\u200c\u200d]+[^\W_]*)*")
 
 
 def content_words(text: str) -> str:
