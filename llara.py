@@ -89,7 +89,8 @@ from transformers.utils import logging as transformers_logging
 # ---- prompts -------------------------------------------------------------------------------------
 
 # Each prompt ends with its special tokens: the states there become the embedding. Fewer tokens, or
-# the paper's one </s>, is a change of these two texts alone: the number is derived from them.
+# the paper's one </s>, is a change of these texts alone: the number is derived from them.
+PREFIX = '"'
 SELF_PROMPT = '", summarize the above passage within eight words: <s1><s2><s3><s4><s5><s6><s7><s8>'
 NEXT_PROMPT = (
     '", predict the following passage within eight words: <s9><s10><s11><s12><s13><s14><s15><s16>'
@@ -102,7 +103,7 @@ class Prompts(NamedTuple):
     prefix: list[int]
     SELF: list[int]
     NEXT: list[int]
-    pooled: int = 8
+    pooled: int
 
     def around(self, text_ids: list[int], prompt: str, max_length: int) -> list[int]:
         """The ids to embed a text: prefix, text, then the "self" or the "next" prompt.
@@ -126,7 +127,7 @@ def make_prompts(
     tokenizer,
     self_prompt: str = SELF_PROMPT,
     next_prompt: str = NEXT_PROMPT,
-    prefix: str = '"',
+    prefix: str = PREFIX,
 ) -> Prompts:
     """The prompts in the ids of this tokenizer; for Llama-2: 2, 19 and 18 of them.
 
@@ -155,26 +156,27 @@ def make_prompts(
     prefix_ids = tokenizer(prefix, add_special_tokens=False, split_special_tokens=True).input_ids
     # If this tokenizer puts a BOS first, so do we. It is not left to add_special_tokens=True, which
     # in some tokenizers also appends an EOS: that would stand between the quote and the passage.
-    first_id = tokenizer(prefix, split_special_tokens=True).input_ids[0]
-    if first_id == tokenizer.bos_token_id:
-        prefix_ids = [first_id, *prefix_ids]
+    with_all_it_adds = tokenizer(prefix, split_special_tokens=True).input_ids
+    if with_all_it_adds[:1] == [tokenizer.bos_token_id]:
+        prefix_ids = [tokenizer.bos_token_id, *prefix_ids]
     return Prompts(prefix_ids, self_ids, next_ids, self_pooled)
 
 
 # ---- the pretext tasks ---------------------------------------------------------------------------
 
 # The tasks, each with the prompt whose states must predict its bag of words. Another task is a line
-# here, one in each of the two tables of weights, and its words in `Adaptation.read_examples`.
+# here, its weight below, and its words in `Adaptation.read_examples`. One less: --ebar-weight 0.
 BAG_TASKS = {"EBAE": "SELF", "EBAR": "NEXT"}
 
-# Beside them the model keeps its own task, AR: to predict the next token of the passage. The loss
-# is a weighted sum: of AR, a mean over tokens, and of EBAE and EBAR, means over passages. The
-# released code has AR + 0.1 times the mean of the other two: a pretrained model must not forget
-# what it knows. The small model of the default has nothing to forget and only minutes to learn, so
-# its pretext tasks together weigh as much as AR.
-PAPER_WEIGHTS = {"AR": 1.0, "EBAE": 0.05, "EBAR": 0.05}
-SMALL_WEIGHTS = {"AR": 1.0, "EBAE": 0.5, "EBAR": 0.5}
+# Beside them the model keeps its own task, AR: to predict the next token of the passage.
 TASKS = ("AR", *BAG_TASKS)
+
+# The loss is a weighted sum: of AR, a mean over tokens, and of EBAE and EBAR, means over passages.
+# The released code has AR + 0.1 times the mean of the other two: a pretrained model must not forget
+# what it knows. The small model of the default has nothing to forget and only minutes to learn, so
+# its pretext tasks weigh ten times as much: together, as much as AR.
+PAPER_WEIGHTS = {"AR": 1.0, "EBAE": 0.05, "EBAR": 0.05}
+SMALL_WEIGHTS = {"AR": 1.0} | {task: 10 * PAPER_WEIGHTS[task] for task in BAG_TASKS}
 
 # ---- the joint sequence --------------------------------------------------------------------------
 
@@ -274,8 +276,8 @@ def bag_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return -(row_sums / is_target.sum(dim=1).clamp(min=1)).sum()
 
 
-def total_loss(losses: Tensor, weights: Sequence[float] = tuple(PAPER_WEIGHTS.values())) -> Tensor:
-    """L = the weighted sum of AR, EBAE and EBAR. losses (3,) -> scalar."""
+def total_loss(losses: Tensor, weights: Sequence[float]) -> Tensor:
+    """L = the weighted sum of AR, EBAE and EBAR. losses (3,), weights (3,) -> scalar."""
     return (losses * torch.tensor(weights, dtype=losses.dtype, device=losses.device)).sum()
 
 
@@ -299,10 +301,11 @@ def contrastive_loss(
 # ---- the model -----------------------------------------------------------------------------------
 
 
-def embed(model: nn.Module, input_ids: Tensor, lengths: Tensor, pooled: int = 8) -> Tensor:
+def embed(model: nn.Module, input_ids: Tensor, lengths: Tensor, pooled: int) -> Tensor:
     """Embeds sequences prefix + text + prompt: the mean of the states at the special tokens.
 
-    input_ids (B, L), padded on the right; lengths (B,), without pads -> (B, d) float32 unit rows.
+    input_ids (B, L), padded on the right; lengths (B,), without pads; pooled: the number of special
+    tokens, with which each sequence ends -> (B, d) float32, unit rows.
     There is no mask: causality hides the pads, and the fast kernel for causal attention runs.
     """
     hidden = final_states(model, input_ids=input_ids)  # (B, L, d), after the last norm
@@ -1068,8 +1071,8 @@ class Adaptation(torch.utils.data.Dataset):
             passages, own_texts, next_texts = self.read_ready_made(numbers)
         else:
             passages, own_texts, next_texts = self.read_windows(numbers)
-        bags = [self.bags(own_texts), self.bags(next_texts)]
-        return list(zip(passages, *bags, strict=True))
+        bags = {"EBAE": self.bags(own_texts), "EBAR": self.bags(next_texts)}
+        return list(zip(passages, *(bags[task] for task in BAG_TASKS), strict=True))
 
     def read_ready_made(self, numbers: Sequence[int]) -> tuple[list, list[str], list[str]]:
         """-> ids of passages, their own texts, the following ones: of rows as released.
@@ -1574,7 +1577,7 @@ def run_step(
     named = {"loss": total_loss(losses, weights).item()}
     means_over = {"loss": 1.0}
     for task, weight, loss, count in zip(TASKS, weights, losses, counts, strict=True):
-        if weight != 0:
+        if weight != 0 and count > 0:  # a batch without any target says nothing of a task
             named[task] = loss.item()
             means_over[task] = count.item()
     return named, means_over
@@ -1674,6 +1677,7 @@ def run_settings(args, rows: Rows) -> dict[str, Any]:
     free += ("gradient_checkpointing",)
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["data"] = {str(path): path.stat().st_size for path in rows.paths}  # in bytes
+    settings["prompts"] = [PREFIX, SELF_PROMPT, NEXT_PROMPT]
     return settings
 
 
@@ -1703,9 +1707,10 @@ def where_to_begin(checkpoint: Path | None, settings: dict[str, Any]) -> int:
     for name in settings.keys() | before["settings"].keys():
         now, then = settings.get(name), before["settings"].get(name)
         if now != then:
+            setting = "PREFIX, .." if name == "prompts" else f"--{name.replace('_', '-')}"
             raise BadInput(
-                f"--{name.replace('_', '-')} is {now}, but it was {then} in {checkpoint}: give the "
-                "same, or name another --output"
+                f"{setting} is {now}, but it was {then} in {checkpoint}: give the same, or name "
+                "another --output"
             )
     return before["step"]
 
@@ -2066,7 +2071,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--explain needs --model")
     weights = [getattr(args, f"{task.lower()}_weight") for task in TASKS]
     if args.stage == "adapt" and not any(weights):
-        parser.error("all three weights are 0: there is nothing to learn")
+        parser.error("all weights are 0: there is nothing to learn")
     if args.stage == "finetune" and not args.temperature > 0:
         parser.error(f"--temperature {args.temperature}: must be above 0")
 

@@ -44,6 +44,7 @@ PROMPTS = llara.Prompts(
     prefix=[1, 5],
     SELF=[*range(60, 71), *range(100, 108)],
     NEXT=[*range(71, 81), *range(108, 116)],
+    pooled=8,
 )
 PASSAGES = [
     [(7 * i * i + 11 * j + 3) % 50 + 6 for j in range(n)] for i, n in enumerate((12, 7, 20))
@@ -168,7 +169,7 @@ def test_one_pass_is_two(family, tied):
         for prompt, columns in ((PROMPTS.SELF, "SELF_columns"), (PROMPTS.NEXT, "NEXT_columns")):
             ids = torch.tensor([[*PROMPTS.prefix, *passage, *prompt]])
             alone = lm(ids, output_hidden_states=True).hidden_states[-1]
-            assert_same(joint[i, batch[columns][i]], alone[0, -8:])
+            assert_same(joint[i, batch[columns][i]], alone[0, -PROMPTS.pooled :])
 
 
 # ---- the released code's numbers -----------------------------------------------------------------
@@ -218,7 +219,7 @@ def test_losses_are_those_of_the_released_code(golden_model, layout):
         golden_model.zero_grad()
         ar, ebae, ebar = losses = sum(golden_model(batch) for batch in batches)
         terms = {"AR": ar, "0.1 EBAE": 0.1 * ebae, "0.1 EBAR": 0.1 * ebar}
-        term = terms.get(name, llara.total_loss(losses))
+        term = terms.get(name, llara.total_loss(losses, list(llara.PAPER_WEIGHTS.values())))
         term.backward()
         gradient = torch.cat([p.grad.flatten() for p in golden_model.parameters()])
         assert term.item() == pytest.approx(loss, abs=1e-5)
@@ -724,7 +725,7 @@ def test_encode_is_text_by_text():
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         ids = [*prompts.prefix, *ids][: 200 - len(prompts.NEXT)] + prompts.NEXT
-        states = lm.model(torch.tensor([ids])).last_hidden_state[0, -8:]
+        states = lm.model(torch.tensor([ids])).last_hidden_state[0, -prompts.pooled :]
         expected.append(F.normalize(states.mean(0), dim=0))
     for model in (lm, lm.model):
         for batch_size in (1, 3, 32):
@@ -796,7 +797,7 @@ def test_explain_names_the_likeliest_tokens(golden_model, tokenizer):
     ids = tokenizer("assignment of names", add_special_tokens=False).input_ids
     sequence = torch.tensor([model.prompts.around(ids, "self", 512)])
     with torch.no_grad():
-        logits = lm(sequence).logits[0, -8:]
+        logits = lm(sequence).logits[0, -model.prompts.pooled :]
     for how, scores in (("max", logits.amax(0)), ("mean", logits.mean(0))):
         expected = [tokenizer.decode([i]).strip() for i in scores.topk(3).indices.tolist()]
         assert said[f"SELF, {how}"] == expected
@@ -898,6 +899,8 @@ def test_a_killed_run_goes_on(unbroken):
 def test_resume_refuses_another_run(unbroken, capsys):
     assert launch("-c", KILLED, *(ADAPT + "other").split()).returncode == -signal.SIGKILL
     assert "--lr is 0.01, but it was 0.001" in refused(capsys, ADAPT + "other --resume --lr 1e-2")
+    with mock.patch.object(llara, "SELF_PROMPT", "in a word: <s1>"):
+        assert "in a word: <s1>'" in refused(capsys, ADAPT + "other --resume")
     assert "is finished" in refused(capsys, ADAPT + unbroken + " --resume")
 
 

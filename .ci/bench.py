@@ -35,7 +35,7 @@ import llara
 VOCABULARY = 32016
 LENGTHS = [100, 159, 218, 277, 335, 394, 453, 512]  # of eight passages
 PROMPTS = llara.Prompts(
-    [1, 5], [*range(60, 71), *range(100, 108)], [*range(71, 81), *range(108, 116)]
+    [1, 5], [*range(60, 71), *range(100, 108)], [*range(71, 81), *range(108, 116)], 8
 )
 WEIGHTS = (1.0, 0.5, 0.5)
 CPU = torch.device("cpu")
