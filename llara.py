@@ -89,8 +89,8 @@ from transformers.utils import logging as transformers_logging
 # ---- prompts -------------------------------------------------------------------------------------
 
 # Each prompt ends with its special tokens: the states there become the embedding. Fewer tokens, or
-# the paper's one </s>, is a change of these texts alone: the number is derived from them.
-PREFIX = '"'
+# the paper's one </s>, is a change of these texts (and of the quote, which is the default `prefix`
+# of `make_prompts`): the number of tokens is derived from them.
 SELF_PROMPT = '", summarize the above passage within eight words: <s1><s2><s3><s4><s5><s6><s7><s8>'
 NEXT_PROMPT = (
     '", predict the following passage within eight words: <s9><s10><s11><s12><s13><s14><s15><s16>'
@@ -127,7 +127,7 @@ def make_prompts(
     tokenizer,
     self_prompt: str = SELF_PROMPT,
     next_prompt: str = NEXT_PROMPT,
-    prefix: str = PREFIX,
+    prefix: str = '"',
 ) -> Prompts:
     """The prompts in the ids of this tokenizer; for Llama-2: 2, 19 and 18 of them.
 
@@ -1677,7 +1677,7 @@ def run_settings(args, rows: Rows) -> dict[str, Any]:
     free += ("gradient_checkpointing",)
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["data"] = {str(path): path.stat().st_size for path in rows.paths}  # in bytes
-    settings["prompts"] = [PREFIX, SELF_PROMPT, NEXT_PROMPT]
+    settings["prompts"] = [SELF_PROMPT, NEXT_PROMPT]
     return settings
 
 
@@ -1707,7 +1707,9 @@ def where_to_begin(checkpoint: Path | None, settings: dict[str, Any]) -> int:
     for name in settings.keys() | before["settings"].keys():
         now, then = settings.get(name), before["settings"].get(name)
         if now != then:
-            setting = "PREFIX, .." if name == "prompts" else f"--{name.replace('_', '-')}"
+            setting = (
+                "SELF_PROMPT, NEXT_PROMPT" if name == "prompts" else f"--{name.replace('_', '-')}"
+            )
             raise BadInput(
                 f"{setting} is {now}, but it was {then} in {checkpoint}: give the same, or name "
                 "another --output"
