@@ -124,13 +124,15 @@ def read_qrels(path: Path) -> Qrels:
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: is not UTF-8 ({error})") from None
     qrels: Qrels = {}
+    is_header = True  # of the first line that is not blank
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         query, document, score = split_judgement(line, place)
         is_whole_number = re.fullmatch(r"-?\d{1,9}", score)
-        if number == 1:  # the header
+        if is_header:
+            is_header = False
             if is_whole_number:
                 raise BadInput(
                     f"{place}: should be a header: query-id, corpus-id, score, with tabs"
@@ -174,17 +176,17 @@ def write_python_collection(folder: Path) -> None:
     """A collection of the docstrings in Python's library, for want of a better one.
 
     A query is the first paragraph, without the object's own name; its one relevant document is the
-    rest. A docstring is left out if it is short, or has a query or a long line that came before: a
-    query with two answers would have one of them counted as wrong.
+    rest. A docstring is left out if it is short, or if its query, or a long line of its rest, is
+    also in an earlier one: a query with two answers would have one of them counted as wrong.
     """
-    seen: set[str] = set()  # lines of all docstrings so far, those left out included
+    seen: set[str] = set()  # queries and long lines of all docstrings so far, left out or not
     corpus, queries, judgements = [], [], ["query-id\tcorpus-id\tscore"]
     for _, name, text in docstrings():
         summary, _, rest = text.partition("\n\n")
         # Without name and arguments, "open(file, mode) -> a stream" becomes "-> a stream".
         own_name = re.compile(rf"\b{name}\b(\(.*?\))?", flags=re.IGNORECASE | re.DOTALL)
         query = " ".join(own_name.sub(" ", summary).split())
-        long_lines = {line.strip() for line in rest.splitlines() if len(line) > 30}
+        long_lines = {line for line in map(str.strip, rest.splitlines()) if len(line) > 30}
         lines = long_lines | {query.lower()}
         is_long_enough = len(query.split()) > 3 and len(rest.split()) > 15
         # Docstrings of modules, whose name is "", make no query.
@@ -222,7 +224,7 @@ def load_encoder(args, device: torch.device) -> Encoder:
     model, tokenizer = read_pretrained(transformers.AutoModel, args.model, dtype)
     for flag, length in (("query", args.query_length), ("passage", args.passage_length)):
         check_length(args.model, model.config, length, f"--{flag}-length")
-    # The tokenizer can lack the special tokens, or the model their embeddings: it is another model.
+    # Without the special tokens in the tokenizer, it is no LLaRA model.
     try:
         prompts = make_prompts(tokenizer)  # token ids: a text is prefix + text + SELF or NEXT
     except ValueError as error:
@@ -233,6 +235,7 @@ def load_encoder(args, device: torch.device) -> Encoder:
             f"--query-length and --passage-length: the prompts take {n_prompt_tokens} tokens, so "
             "more than that"
         )
+    # Nor if the tokenizer has them, and the model no embeddings for them.
     largest_id = max(prompts.SELF + prompts.NEXT)
     if largest_id >= model.get_input_embeddings().num_embeddings:
         raise BadInput(f"{args.model}: has no embeddings of the prompts' tokens: not a LLaRA model")
@@ -248,8 +251,9 @@ def load_encoder(args, device: torch.device) -> Encoder:
 def cut_into_chunks(lengths: np.ndarray) -> list[np.ndarray]:
     """Lengths of texts (n,), in bytes -> their positions 0 .. n-1 in chunks of CHUNK.
 
-    The longest come first, so that little is padded. Chunks are the same for any number of ranks:
-    so any number can use the files that another has left, and gets the same to the last bit.
+    The longest come first, so that little is padded. Chunks do not depend on the number of ranks:
+    so a run on two ranks can load embeddings that a run on eight has saved (see `embed_rows`), and
+    would itself have computed the same bits.
     """
     longest_first = np.argsort(-lengths, kind="stable")  # (n,)
     return [longest_first[start : start + CHUNK] for start in range(0, len(lengths), CHUNK)]
@@ -344,12 +348,13 @@ def search(
 
 
 def candidates(scores: Tensor, kth_best: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of scores (b, n), all that can enter the list of their query, and their columns: (b, c) each.
+    """Of scores (b, n), those that might enter the list of their query, and their columns: (b, c).
 
-    kth_best (b, 1): the worst score in the list of each query; -inf while it is not full. Only what
-    beats it can enter. c is the largest number of such scores that any query has, k at most: the c
-    highest of each query hold them all. Some that cannot enter are among these, and `merge` drops
-    them. After a few blocks c is small, and this much cheaper than the top k.
+    kth_best (b, 1): the worst score in the list of each query; -inf while it is not full. Every
+    score that beats it might enter. How many there are differs by query: c is the largest of these
+    numbers, and each query gets its c highest scores. So it gets all that beat its own k-th best,
+    and perhaps some that do not, which `merge` drops. More than k cannot enter, so c is at most k.
+    After a few blocks it is small, and this much cheaper than the top k.
     """
     n = scores.shape[1]
     if n >= 2**15:
@@ -455,9 +460,9 @@ def mine_pairs(args, queries: Texts, corpus: Texts, qrels: Qrels, run: Run) -> l
     """Rows {"query", "pos", "neg"}: the relevant documents, and hard negatives out of the run.
 
     A negative has one of the ranks FIRST to LAST of --ranks, both included, is not judged relevant,
-    and its text is not that of a positive. The very first ranks are left out by default, as answers
-    that nobody has judged are often among them. "neg" can be empty: fine-tuning then has in-batch
-    negatives alone for this query.
+    and its text is not that of a positive or of the query. The very first ranks are left out by
+    default, as answers that nobody has judged are often among them. "neg" can be empty: fine-tuning
+    then has in-batch negatives alone for this query.
     """
     first, last = args.ranks
     pairs = []
@@ -465,7 +470,8 @@ def mine_pairs(args, queries: Texts, corpus: Texts, qrels: Qrels, run: Run) -> l
         positives = [name for name, grade in qrels[query].items() if grade > 0]
         pos = [corpus.text(corpus.row_of[name]) for name in positives if name in corpus.row_of]
         pos = [text for text in pos if text]
-        if not pos:
+        text = queries.text(queries.row_of[query])
+        if not pos or not text:
             continue
         names = [name for name in list(found)[first - 1 : last] if name not in positives]
         random = np.random.default_rng([args.seed, number])
@@ -473,10 +479,10 @@ def mine_pairs(args, queries: Texts, corpus: Texts, qrels: Qrels, run: Run) -> l
         for i in random.permutation(len(names)):
             if len(neg) == args.negatives:
                 break
-            text = corpus.text(corpus.row_of[names[i]])
-            if text and text not in pos and text not in neg:
-                neg.append(text)
-        pairs.append({"query": queries.text(queries.row_of[query]), "pos": pos, "neg": neg})
+            negative = corpus.text(corpus.row_of[names[i]])
+            if negative and negative not in [text, *pos, *neg]:
+                neg.append(negative)
+        pairs.append({"query": text, "pos": pos, "neg": neg})
     return pairs
 
 
@@ -533,6 +539,7 @@ def retrieve(
         found = {corpus.ids[row]: score for row, score in hits if row >= 0}
         if args.skip_identical_ids:
             found.pop(query, None)
+        # Sorted again: `search` leaves equal scores in any order, trec_eval does not.
         run[query] = {name: found[name] for name in rank_documents(found)[: args.top_k]}
     if not args.keep_embeddings:
         for file in files:

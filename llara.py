@@ -14,17 +14,18 @@ plain text. After a passage come two prompts, in one sequence, and the model run
     EBAR  the states at <s9>..<s16> must predict the set of words of the passage that follows it.
 
     a row sees:          prefix + passage    SELF       NEXT
-    prefix + passage         causal           -          -       -: comes later, hidden anyway
+    prefix + passage         causal           -          -
     SELF                      yes           causal       -
-    NEXT                      yes             no       causal    no: hidden by a mask of ours
+    NEXT                      yes             no       causal
 
-Each prompt closes the quote of the passage, and neither sees the other.
+"-" comes later, so causality hides it; "no" comes earlier, and is hidden by our own mask. Each
+prompt closes the quote of the passage, and neither sees the other.
 
 The embedding of a text is the mean of the eight states, scaled to length 1. Adaptation, as above,
 is followed by fine-tuning on pairs of query and passage; search is by dot product. Passages take
-the SELF prompt. Queries take the NEXT prompt, as what follows a passage stands to it as an answer
-to a question. But before fine-tuning queries take SELF as well: until then, nothing has made SELF
-and NEXT embeddings comparable.
+the SELF prompt. Queries take the NEXT prompt: an answer relates to its question as a following
+passage does to the one before it. But before fine-tuning queries take SELF as well: until then,
+nothing has made SELF and NEXT embeddings comparable.
 
     python llara.py                                           # a tiny model, Python's own docs
     torchrun llara.py --data wiki.jsonl --model HuggingFaceTB/SmolLM2-135M --output out
@@ -135,7 +136,8 @@ def make_prompts(
     """
     special_token = r"<[^<>\s]+>"
 
-    # split_special_tokens: a "<s1>" or "</s>" within a text is tokenised as text.
+    # split_special_tokens, as for passages (see `encode`): no special token is parsed out of words.
+    # Those of the prompt are cut off here, and their ids appended.
     def prompt_ids(prompt):
         words = re.sub(special_token, "", prompt)
         word_ids = tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -310,7 +312,8 @@ def embed(model: nn.Module, input_ids: Tensor, lengths: Tensor, pooled: int) -> 
     """
     hidden = final_states(model, input_ids=input_ids)  # (B, L, d), after the last norm
     columns = lengths[:, None] + torch.arange(-pooled, 0, device=lengths.device)  # (B, 8)
-    states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d): all of d
+    # Unlike gather, this broadcasts: one column, all of d.
+    states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d)
     return F.normalize(states.float().mean(dim=1), dim=-1)  # (B, d)
 
 
@@ -359,8 +362,8 @@ def encode(
         for start in range(0, len(sequences), batch_size):
             rows = longest_first[start : start + batch_size]
             tensors = [torch.tensor(sequences[row]) for row in rows]
-            # As `pad` does. To copy encode, these are needed: SELF_PROMPT, NEXT_PROMPT, Prompts,
-            # make_prompts, final_states, embed.
+            # This is `pad`, written out so that encode can be copied into another project. It also
+            # needs SELF_PROMPT, NEXT_PROMPT, Prompts, make_prompts, final_states and embed.
             input_ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True)  # (b, L)
             lengths = torch.tensor([len(tensor) for tensor in tensors])  # (b,)
             input_ids, lengths = input_ids.to(device), lengths.to(device)
@@ -416,7 +419,7 @@ class Llara(nn.Module):
         for task, prompt in BAG_TASKS.items():
             if task in tasks:
                 columns = batch[f"{prompt}_columns"]  # (B, 8)
-                states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d): all of d
+                states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d)
                 losses[task] = bag_loss(head(states), batch[task])  # of logits (B, 8, V)
         return torch.stack(list(losses.values())) / batch["counts"].clamp(min=1)
 
@@ -557,6 +560,11 @@ class BadInput(ValueError):
         return super().__str__().split("BadInput: ")[-1].strip()
 
 
+def first_line(error: Exception) -> str:
+    """What a library says of its error, for a sentence of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # ---- to load and to save a model -----------------------------------------------------------------
 
 
@@ -613,7 +621,7 @@ def check_architecture(name: str | Path, lm: nn.Module) -> None:
             cut = final_states(lm, input_ids=without_self[:, :6])
             logits = lm(input_ids=without_self, use_cache=False).logits
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise BadInput(
                 f"{name}: {kind} takes no mask and positions of ours: {reason}"
             ) from error
@@ -711,7 +719,7 @@ def read_pretrained(kind, name: str | Path, dtype: torch.dtype = torch.float32):
     except BadInput:
         raise
     except Exception as error:  # transformers, tokenizers and safetensors each raise their own
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise BadInput(f"{name}: {kind.__name__} cannot read it: {reason}") from error
     if info["missing_keys"]:
         raise BadInput(f"{name}: its files lack {sorted(info['missing_keys'])[:3]}")
@@ -784,7 +792,8 @@ PLANNED_SHARE = 0.9
 # Python's \w does not know marks, nor the joiners of Indic scripts and Persian, U+200C and U+200D.
 SCRIPTS = map(chr, range(0x300, 0x1F000))  # where marks are found
 MARKS = "".join(c for c in SCRIPTS if unicodedata.category(c).startswith("M"))
-NOT_ASCII = r"(?=[^\x00-\x7f])"  # looked at first: to try a space against all marks takes long
+# For speed alone, it changes no match: an ASCII character is not tried against all marks.
+NOT_ASCII = r"(?=[^\x00-\x7f])"
 WORD = re.compile(rf"[^\W_]+(?:{NOT_ASCII}[{MARKS}\u200c\u200d]+[^\W_]*)*")
 
 
@@ -1000,9 +1009,9 @@ def global_batch(step: int, batch_size: int, seed: int, n: int) -> list[tuple[in
 def micro_batch_count(n: int, micro_batch_size: int, world: int) -> int:
     """How many micro-batches each rank runs for n sequences.
 
-    The same on every rank, as FSDP needs it, and none of them empty. So a micro-batch can be one
-    sequence too large: of 9 sequences on 8 ranks, one rank has two. Two micro-batches of one would
-    leave the second of all other ranks empty.
+    The same on every rank, as FSDP needs it, and none of them empty. Some rank may have no more
+    than n // world sequences, so there are not more micro-batches than that. Then one can be larger
+    than asked for: of 9 sequences on 8 ranks, one at a time, a rank has two, and one micro-batch.
     """
     return min(math.ceil(n / (micro_batch_size * world)), n // world)
 
@@ -1053,7 +1062,8 @@ class Adaptation(torch.utils.data.Dataset):
     def find_windows(self, example: int) -> tuple[str, str]:
         """-> the passage of an example, and the text from its start to the end of the next one.
 
-        From its start, as the next one begins where the model stops reading: see `read_windows`.
+        Of a passage that is too long, the model reads the beginning. What it does not read counts
+        as following text, so `read_windows` needs all, and drops what was read.
         """
         row = int(np.searchsorted(self.ends, example, side="right"))
         first = int(self.ends[row - 1]) if row else 0
@@ -1374,7 +1384,8 @@ def from_rank_0(value: Any) -> Any:
 def shard(model: Llara, device: torch.device, dtype: torch.dtype) -> None:
     """FSDP2 on any number of ranks, one included.
 
-    Each decoder layer is gathered by itself. What is in no layer stays in the root's group: the
+    The weights move to the device, but for those on the meta device, which have none yet. Each
+    decoder layer is gathered by itself. What is in no layer stays in the root's group: the
     embeddings and the head, which can be one and the same tensor.
 
     Weights, gradients and moments are float32. bfloat16 has the range of float32, so the loss needs
@@ -1411,7 +1422,7 @@ def load_on_rank_0(name: str | Path) -> tuple[nn.Module, Any]:
 
 
 def fill_from_rank_0(model: Llara, weights: dict[str, Tensor], device: torch.device) -> None:
-    """Sends each rank its shards of rank 0's weights, {} elsewhere, to a model that is sharded."""
+    """Gives each rank its shards. model: sharded; weights: all of them on rank 0, {} on others."""
     if dist.get_rank() > 0:
         model.to_empty(device=device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -1473,7 +1484,8 @@ def adaptation_step(
     # A mean of the micro-batches' means would weigh tokens and rows unequally: each micro-batch is
     # divided by the counts of the whole global batch instead.
     own_counts = torch.stack([batch["counts"] for batch in batches]).sum(dim=0)  # (3,)
-    counts = torch.tensor(sum_over_ranks(own_counts.tolist()))  # (3,)
+    # Integers: of floats, FSDP would round what it hands to forward to bfloat16.
+    counts = torch.tensor(sum_over_ranks(own_counts.tolist()), dtype=torch.long)  # (3,)
     losses = torch.zeros(len(TASKS), device=device)
     for batch in batches:
         batch["counts"] = counts
@@ -1532,9 +1544,10 @@ def contrastive_step(
     if train:
         loss.backward()
         for i, (slots, _) in enumerate(micro_batches):
-            # The gradient of this sum is that of the loss. FSDP and DDP take the mean over ranks.
+            # By the chain rule: vectors.grad is d loss / d embedding, a constant here, so this sum
+            # has the gradient of the loss, as far as these embeddings go.
             surrogate = (embed_seeded(i) * vectors.grad[slots]).sum()
-            (surrogate * world).backward()
+            (surrogate * world).backward()  # FSDP and DDP take the mean over ranks
     return loss.item(), accuracy.item()
 
 
@@ -1560,9 +1573,9 @@ def fine_tuning_step(
 def run_step(
     model: Llara, item: Any, args, device: torch.device, step: int, train: bool = True
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """A step of either stage -> its losses by name, and their weights in a mean over steps.
+    """A step of either stage -> its losses by name, and what they count in a mean over steps.
 
-    AR, EBAE and EBAR weigh as much as they have tokens or rows to be a mean over, the others 1.
+    For `held_out_losses`: AR counts by its tokens, EBAE and EBAR by their rows, the others 1.
     """
     generator = np.random.SeedSequence([args.seed, step, dist.get_rank()])
     # For dropout: no two forwards alike. 62 bits, so that the seeds of micro-batches, which are
@@ -1575,12 +1588,12 @@ def run_step(
     torch.manual_seed(seed)
     losses, counts = adaptation_step(model, item, weights, device, train)
     named = {"loss": total_loss(losses, weights).item()}
-    means_over = {"loss": 1.0}
+    step_counts = {"loss": 1.0}
     for task, weight, loss, count in zip(TASKS, weights, losses, counts, strict=True):
         if weight != 0 and count > 0:  # a batch without any target says nothing of a task
             named[task] = loss.item()
-            means_over[task] = count.item()
-    return named, means_over
+            step_counts[task] = count.item()
+    return named, step_counts
 
 
 @torch.no_grad()
@@ -1641,6 +1654,11 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
+def is_finished(output: Path) -> bool:
+    """`finish` writes run.json when the model is whole, and then removes the checkpoints."""
+    return (output / "run.json").exists() and not checkpoints(output)
+
+
 def claim_output(args, output: Path) -> tuple[Path | None, str]:
     """-> the checkpoint to go on from, if any; what is wrong with the folder, if anything.
 
@@ -1653,16 +1671,15 @@ def claim_output(args, output: Path) -> tuple[Path | None, str]:
     found = checkpoints(output)
     if args.resume and found:
         return found[-1], ""
-    if args.resume and (output / "run.json").exists():
-        return None, f"--output {output}: that run is finished, there is nothing to resume"
     if output.exists() and not output.is_dir():
         return None, f"--output {output}: is a file"
-    kept = {"base", "python-docs.jsonl", "unfinished"}
+    # Left by a run that did not get far: they do not block this one, which writes them anew.
+    harmless = {"base", "python-docs.jsonl", "unfinished"}
     if args.resume:
-        kept.add("log.jsonl")  # killed before its first checkpoint: start again
+        harmless.add("log.jsonl")  # killed before its first checkpoint: start again
     for path in output.iterdir() if output.exists() else ():
         empty_log = path.name == "log.jsonl" and path.stat().st_size == 0
-        if path.name not in kept and not empty_log:
+        if path.name not in harmless and not empty_log:
             return None, (
                 f"--output {output}: holds {path.name}, and nothing is overwritten: --resume goes "
                 "on with a run; else name another folder, or delete this one"
@@ -1764,7 +1781,7 @@ def make_model(args, lm: nn.Module, prompts: Prompts, device: torch.device, dtyp
         lm.get_output_embeddings().requires_grad_(False)  # it takes no part
     model = Llara(lm, prompts).train()
     if dist.get_world_size() == 1:
-        shard(model, device, dtype)
+        shard(model, device, dtype)  # has its weights already
     else:
         weights = model.state_dict() if dist.get_rank() == 0 else {}
         shard(model, device, dtype)
@@ -1839,7 +1856,7 @@ def train(args) -> None:
         args.steps = math.ceil(dataset.n_examples / args.batch_size)  # one epoch
     settings = run_settings(args, rows)
     first_step = where_to_begin(checkpoint, settings)
-    items = start_workers(dataset, args, first_step)  # forked before GPUs hold or exchange anything
+    items = start_workers(dataset, args, first_step)  # forked before a tensor is on a GPU
     if rank == 0:
         print(
             f"model      {args.model or 'from scratch'}: {lm.num_parameters():,} parameters\n"
@@ -2088,6 +2105,10 @@ def main() -> None:
             model = Llara(lm, make_prompts(tokenizer)).eval()
             for text in args.explain:
                 print_explanation(text, explain(model, tokenizer, text))
+        elif args.resume and from_rank_0(is_finished(Path(args.output))):
+            # Not a mistake: a script can give this command until it succeeds.
+            if dist.get_rank() == 0:
+                print(f"--output {args.output}: that run is finished, there is nothing to resume")
         else:
             train(args)
 

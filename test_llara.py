@@ -226,6 +226,18 @@ def test_losses_are_those_of_the_released_code(golden_model, layout):
         assert gradient.norm().item() == pytest.approx(norm, rel=1e-5)
 
 
+def test_bfloat16_does_not_round_the_counts(golden_model):
+    """13 copies of a batch have its mean loss. Their 507 tokens are no number of bfloat16."""
+    device = torch.device("cpu")
+    with llara.process_group():
+        llara.shard(golden_model, device, torch.bfloat16)
+        losses = [
+            llara.adaptation_step(golden_model, [EXAMPLES * n], [1, 1, 1], device, train=False)[0]
+            for n in (1, 13)
+        ]
+    torch.testing.assert_close(losses[0], losses[1], rtol=5e-4, atol=0)
+
+
 def test_embeddings_are_those_of_the_released_code(golden_model):
     for prompt, golden in ((PROMPTS.SELF, GOLDEN_SELF), (PROMPTS.NEXT, GOLDEN_NEXT)):
         rows = [[*PROMPTS.prefix, *passage, *prompt] for passage in PASSAGES]
@@ -901,7 +913,14 @@ def test_resume_refuses_another_run(unbroken, capsys):
     assert "--lr is 0.01, but it was 0.001" in refused(capsys, ADAPT + "other --resume --lr 1e-2")
     with mock.patch.object(llara, "SELF_PROMPT", "in a word: <s1>"):
         assert "in a word: <s1>'" in refused(capsys, ADAPT + "other --resume")
-    assert "is finished" in refused(capsys, ADAPT + unbroken + " --resume")
+
+
+def test_a_finished_run_is_not_run_again(unbroken, capsys):
+    """The same command can be given until it succeeds."""
+    before = Path(unbroken, "model.safetensors").stat().st_mtime_ns
+    run(ADAPT + unbroken + " --resume")
+    assert "that run is finished" in capsys.readouterr().out
+    assert Path(unbroken, "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_output_is_never_overwritten(unbroken, capsys):
@@ -1166,6 +1185,7 @@ JUDGED = HEADER + "q\td\t1\n"
         ('corpus.jsonl:1: "_id" should be', [{"_id": None, "text": "t"}], [QUERY], JUDGED),
         ("queries.jsonl:1: the id 'a b'", [ROW], [{"_id": "a b", "text": ""}], JUDGED),
         ("test.tsv:1: should be a header", [ROW], [QUERY], "q\td\t1\n"),
+        ("test.tsv:2: should be a header", [ROW], [QUERY], "\nq\td\t1\n"),
         ("test.tsv:2: 'q d 1' is not", [ROW], [QUERY], HEADER + "q d 1\n"),
         ("test.tsv:2: four columns, as in a TREC file", [ROW], [QUERY], HEADER + "q 0 d 1\n"),
         ("test.tsv:2: an id is empty or has a space", [ROW], [QUERY], HEADER + "q x\td\t1\n"),
