@@ -41,6 +41,7 @@ from llara import (
     Rows,
     check_length,
     check_text,
+    check_vocabulary,
     choose_dtype,
     docstrings,
     encode,
@@ -235,10 +236,7 @@ def load_encoder(args, device: torch.device) -> Encoder:
             f"--query-length and --passage-length: the prompts take {n_prompt_tokens} tokens, so "
             "more than that"
         )
-    # Nor if the tokenizer has them, and the model no embeddings for them.
-    largest_id = max(prompts.SELF + prompts.NEXT)
-    if largest_id >= model.get_input_embeddings().num_embeddings:
-        raise BadInput(f"{args.model}: has no embeddings of the prompts' tokens: not a LLaRA model")
+    check_vocabulary(args.model, model, tokenizer)
     digest = hashlib.sha256(model.config.to_json_string().encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     # All of the weights and not a sample: models can differ in the special tokens' rows alone.

@@ -61,6 +61,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dcp_state
 import torch.nn.functional as F
+from safetensors import safe_open
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -80,6 +81,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 # ==================================================================================================
@@ -591,6 +593,7 @@ def load(name: str | Path) -> tuple[nn.Module, Any]:
     embeddings = lm.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:  # some models have rows to spare
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    check_vocabulary(name, lm, tokenizer)
     new_ids = tokenizer.convert_tokens_to_ids(new)
     # New rows start from the mean of the old ones: a random row in the head stands apart and takes
     # probability from real tokens.
@@ -598,6 +601,17 @@ def load(name: str | Path) -> tuple[nn.Module, Any]:
         for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
             layer.weight[new_ids] = layer.weight[:n_before].mean(dim=0)
     return lm, tokenizer
+
+
+def check_vocabulary(name: str | Path, model: nn.Module, tokenizer) -> None:
+    """BadInput if the tokenizer has an id for which the model has no embedding."""
+    n_embeddings = model.get_input_embeddings().num_embeddings
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= n_embeddings:
+        raise BadInput(
+            f"{name}: {token!r} has the id {largest}, but the model has {n_embeddings} embeddings: "
+            "its tokenizer is another model's"
+        )
 
 
 def check_architecture(name: str | Path, lm: nn.Module) -> None:
@@ -708,6 +722,7 @@ def read_pretrained(kind, name: str | Path, dtype: torch.dtype = torch.float32):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         refuse_config(name, config)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer("A damaged one fails here.")
         model, info = kind.from_pretrained(
             name,
             dtype=dtype,
@@ -721,6 +736,7 @@ def read_pretrained(kind, name: str | Path, dtype: torch.dtype = torch.float32):
     except Exception as error:  # transformers, tokenizers and safetensors each raise their own
         reason = first_line(error)
         raise BadInput(f"{name}: {kind.__name__} cannot read it: {reason}") from error
+    refuse_number_formats(name)
     if info["missing_keys"]:
         raise BadInput(f"{name}: its files lack {sorted(info['missing_keys'])[:3]}")
     surplus = [key for key in info["unexpected_keys"] if not key.startswith("lm_head.")]
@@ -742,6 +758,22 @@ def refuse_config(name: str | Path, config) -> None:
         raise BadInput(f"{name}: quantised ({method}): take the full-precision checkpoint")
     if config.is_encoder_decoder:
         raise BadInput(f"{name}: an encoder-decoder: take a causal language model")
+
+
+def refuse_number_formats(name: str | Path) -> None:
+    """BadInput if a file holds weights in 8 bits or as integers: cast, they would be garbage."""
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(cached_file(name, "config.json")).parent  # of the hub's cache
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (it is no dict)
+                number_format = tensors.get_slice(key).get_dtype()
+                if key.endswith("weight") and number_format not in ("F64", "F32", "F16", "BF16"):
+                    raise BadInput(
+                        f"{path}: {key} is quantised ({number_format}): take the full-precision "
+                        "checkpoint"
+                    )
 
 
 def check_length(name: str | Path, config, max_length: int, flag: str) -> None:

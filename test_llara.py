@@ -675,6 +675,9 @@ def edit_config(folder, **settings):
         ("a GGUF file", "gguf"),
         ("has no config.json", "empty"),
         ("no place for \\['model.extra'\\]", "surplus"),
+        ("model.norm.weight is quantised \\(F8_E4M3\\)", torch.float8_e4m3fn),
+        ("model.norm.weight is quantised \\(I8\\)", torch.int8),
+        ("has the id 99999", "tokenizer"),
     ],
 )
 def test_models_that_cannot_be_used(reason, damage, tmp_path):
@@ -690,6 +693,15 @@ def test_models_that_cannot_be_used(reason, damage, tmp_path):
     elif damage == "bin":
         torch.save(load_file(weights), folder / "pytorch_model.bin")
         weights.unlink()
+    elif isinstance(damage, torch.dtype):
+        tensors = load_file(weights)
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(damage)
+        save_file(tensors, weights, {"format": "pt"})
+    elif damage == "tokenizer":
+        file = folder / "tokenizer.json"
+        tokenizer = json.loads(file.read_text())
+        tokenizer["model"]["vocab"]["q"] = 99999
+        file.write_text(json.dumps(tokenizer))
     elif damage == "surplus":
         save_file(load_file(weights) | {"model.extra": torch.ones(1)}, weights, {"format": "pt"})
     else:
