@@ -1467,12 +1467,27 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(output.glob("checkpoint-*"))
 
 
+def check_room(folder: Path, model: nn.Module, numbers_per_weight: int) -> None:
+    """BadInput if the disk is too full for this many float32 numbers a weight.
+
+    PyTorch's own error in the middle of a file does not say that the disk is full.
+    """
+    needed = 4 * numbers_per_weight * sum(weight.numel() for weight in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BadInput(
+            f"{folder}: saving takes {needed / 1e9:.3f} GB, and {free / 1e9:.3f} are free: nothing "
+            "was written; make room, then go on with --resume"
+        )
+
+
 def save_checkpoint(model: Llara, optimizer, output: Path, run: dict[str, Any]) -> None:
     """Writes output/checkpoint-STEP: aside, renamed when whole; then older ones are deleted."""
     old = checkpoints(output)
     aside = output / "unfinished"
     if dist.get_rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while saving
+        check_room(output, model, 3)  # the weight, and AdamW's two moments
     dist.barrier()
     model_state, optimizer_state = dcp_state.get_state_dict(model, optimizer)
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=aside)
@@ -1948,6 +1963,7 @@ def finish(model: Llara, tokenizer, dataset, args, settings: dict[str, Any]) -> 
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(model.lm, options=options)
     if dist.get_rank() == 0:
+        check_room(output, model, 1)
         if model.lm.config.tie_word_embeddings:
             for name in model.lm._tied_weights_keys or ():
                 state.pop(name, None)  # or the embeddings are written twice

@@ -927,6 +927,14 @@ def test_resume_refuses_another_run(unbroken, capsys):
         assert "in a word: <s1>'" in refused(capsys, ADAPT + "other --resume")
 
 
+def test_a_full_disk_is_named(capsys):
+    """Before anything is written."""
+    with mock.patch.object(llara.shutil, "disk_usage", return_value=SimpleNamespace(free=1000)):
+        said = refused(capsys, ADAPT + "full")
+    assert "full: saving takes 0.0" in said and "0.000 are free" in said
+    assert [path.name for path in Path("full").iterdir()] == ["log.jsonl"]
+
+
 def test_a_finished_run_is_not_run_again(unbroken, capsys):
     """The same command can be given until it succeeds."""
     before = Path(unbroken, "model.safetensors").stat().st_mtime_ns
