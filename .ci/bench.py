@@ -132,15 +132,13 @@ def floor(model: llara.Llara, examples: list[llara.Example]) -> None:
             logits.T @ part
 
 
-def step_memory(checkpointing: bool, micro_batches: int) -> float:
+def memory_of(step: Callable, checkpointing: bool, batch) -> float:
     """MB at the peak of a step, gradients included, above the process that holds the model."""
     torch.set_num_threads(1)
     model = reference_model(checkpointing)
-    examples = reference_examples()
-    size = len(examples) // micro_batches
     with llara.process_group():
         before = resident_mb()
-        ours(model, [examples[i : i + size] for i in range(0, len(examples), size)])
+        step(model, batch)
         return peak_mb() - before
 
 
@@ -157,9 +155,11 @@ def bench_step() -> None:
         name = "adaptation step" + (", checkpointing" if checkpointing else "")
         report(f"{name}: same batch / floor", f"{one / least:.2f} ({one:.2f} s)")
         report(f"{name}: micro-batches of like lengths / floor", f"{four / least:.2f}")
-        for count in (1, 4):
-            memory = in_new_process(step_memory, checkpointing, count)
-            report(f"{name}: memory above the model, {count} micro-batches", f"{memory:.0f} MB")
+        whole = in_new_process(memory_of, ours, checkpointing, [examples])
+        parts = in_new_process(memory_of, ours, checkpointing, pairs)
+        bare = in_new_process(memory_of, floor, checkpointing, examples)
+        report(f"{name}: MB above the model, same batch / floor", f"{whole:.0f} / {bare:.0f}")
+        report(f"{name}: MB above the model, micro-batches of two", f"{parts:.0f}")
 
 
 # ---- encoding ------------------------------------------------------------------------------------
