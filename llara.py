@@ -1354,6 +1354,12 @@ def make_small_model(texts: Iterable[str], folder: Path, vocab_size: int = 2048)
 
 def pick_device() -> torch.device:
     if not torch.cuda.is_available():
+        if Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            print(
+                f"This runs on the CPU: there is a GPU, but PyTorch {torch.__version__} cannot use "
+                "it. Its driver is too old for it, or this PyTorch was built without CUDA.",
+                file=sys.stderr,
+            )
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     # cuDNN's attention plans anew for each new (B, L), seconds each, and its backward is reported
