@@ -291,7 +291,8 @@ def contrastive_loss(
     """InfoNCE, the loss of fine-tuning: the mean over queries of -log softmax_p(q . p / T)[p+].
 
     queries (Q, d), passages (P, d): unit rows; passage i is the positive of query i, all others are
-    negatives. excluded (Q, P) bool: True where a passage is no negative, as it answers the query.
+    negatives. excluded (Q, P) bool: True where another passage answers the query too, and so is no
+    negative; never True for its own passage, at [i, i].
     -> the loss, and the share of queries that score their own passage highest, both scalars.
     """
     scores = queries @ passages.T / temperature  # (Q, P)
@@ -587,24 +588,27 @@ def load(name: str | Path) -> tuple[nn.Module, Any]:
     tokens = re.findall(r"<[^<>\s]+>", SELF_PROMPT + NEXT_PROMPT)
     known = tokenizer.get_vocab()
     new = [token for token in dict.fromkeys(tokens) if token not in known]
-    n_before = len(tokenizer)
+    n_rows = lm.get_input_embeddings().num_embeddings
+    n_trained = min(len(tokenizer), n_rows)  # some models have rows to spare
     added = [AddedToken(token, special=True, normalized=False) for token in new]
     tokenizer.add_tokens(added, special_tokens=True)
-    embeddings = lm.get_input_embeddings()
-    if len(tokenizer) > embeddings.num_embeddings:  # some models have rows to spare
+    if len(tokenizer) > n_rows:
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     check_vocabulary(name, lm, tokenizer)
-    new_ids = tokenizer.convert_tokens_to_ids(new)
-    # New rows start from the mean of the old ones: a random row in the head stands apart and takes
+    # New rows start from the mean of the others: a random row in the head stands apart and takes
     # probability from real tokens.
+    new_ids = {*tokenizer.convert_tokens_to_ids(new), *range(n_rows, len(tokenizer))}
     with torch.no_grad():
         for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
-            layer.weight[new_ids] = layer.weight[:n_before].mean(dim=0)
+            layer.weight[sorted(new_ids)] = layer.weight[:n_trained].mean(dim=0)
     return lm, tokenizer
 
 
 def check_vocabulary(name: str | Path, model: nn.Module, tokenizer) -> None:
-    """BadInput if the tokenizer has an id for which the model has no embedding."""
+    """BadInput if the tokenizer has an id for which the model has no embedding.
+
+    After `load` has made room for len(tokenizer) of them, that is one whose ids have gaps.
+    """
     n_embeddings = model.get_input_embeddings().num_embeddings
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= n_embeddings:
@@ -676,12 +680,14 @@ def save(
 class Sentences(nn.Module):
     """A saved model for sentence-transformers: SentenceTransformer(modules=[Sentences("out")]).
 
-    Then encode_document takes the SELF prompt and encode_query the NEXT prompt, as `encode` does.
-    That library calls load, preprocess and forward, and asks for max_seq_length.
+    Then encode_document takes the SELF prompt, and encode_query the NEXT prompt: before fine-tuning
+    say Sentences("out", query_prompt="self"). The embeddings are those of `encode`. That library
+    calls load, preprocess and forward, and asks for max_seq_length.
     """
 
-    def __init__(self, folder: str, max_length: int = 512):
+    def __init__(self, folder: str, max_length: int = 512, query_prompt: str = "next"):
         super().__init__()
+        self.query_prompt = query_prompt
         self.model, self.tokenizer = read_pretrained(AutoModel, folder)
         self.prompts = make_prompts(self.tokenizer)
         positions = getattr(self.model.config, "max_position_embeddings", None)
@@ -694,7 +700,7 @@ class Sentences(nn.Module):
     def preprocess(self, inputs: list[str], prompt: str | None = None, **kwargs):
         if prompt:
             raise ValueError("the prompts are LLaRA's own: give none")
-        kind = "next" if kwargs.get("task") == "query" else "self"
+        kind = self.query_prompt if kwargs.get("task") == "query" else "self"
         encoded = self.tokenizer(inputs, add_special_tokens=False, split_special_tokens=True)
         rows = [self.prompts.around(ids, kind, self.max_seq_length) for ids in encoded.input_ids]
         return {"input_ids": pad(rows), "lengths": torch.tensor([len(row) for row in rows])}
@@ -815,8 +821,9 @@ STOP_WORDS = frozenset(
     """.split()  # noqa: SIM905 (shorter than a list)
 )
 SENTENCE_END = re.compile(r"""[.!?]["')\]]*\s+|[。！？।؟]\s*|\n""")  # noqa: RUF001
-# Windows of an article are planned to fill this share of the room that --max-length leaves for a
-# passage: they are planned by bytes, and few should turn out too long and be cut.
+# An article is cut into windows of about equal length, each of them a passage. Their number is that
+# of its tokens, estimated from bytes by `tokens_per_row`, divided by this share of the room that
+# --max-length leaves: as the estimate is rough, few should turn out too long and be cut again.
 PLANNED_SHARE = 0.9
 
 
@@ -1041,9 +1048,10 @@ def global_batch(step: int, batch_size: int, seed: int, n: int) -> list[tuple[in
 def micro_batch_count(n: int, micro_batch_size: int, world: int) -> int:
     """How many micro-batches each rank runs for n sequences.
 
-    The same on every rank, as FSDP needs it, and none of them empty. Some rank may have no more
-    than n // world sequences, so there are not more micro-batches than that. Then one can be larger
-    than asked for: of 9 sequences on 8 ranks, one at a time, a rank has two, and one micro-batch.
+    The same number on every rank, as FSDP needs it, and none of them empty. A rank has n // world
+    sequences, or one more. The rank with the fewest must fill all its micro-batches, so there are
+    n // world at most; they can then be larger than asked for. 9 sequences on 8 ranks, one at a
+    time, give a micro-batch each, and on one rank it holds two.
     """
     return min(math.ceil(n / (micro_batch_size * world)), n // world)
 
@@ -1092,10 +1100,10 @@ class Adaptation(torch.utils.data.Dataset):
             )
 
     def find_windows(self, example: int) -> tuple[str, str]:
-        """-> the passage of an example, and the text from its start to the end of the next one.
+        """-> the passage of an example; the same passage and the next window as one text.
 
-        Of a passage that is too long, the model reads the beginning. What it does not read counts
-        as following text, so `read_windows` needs all, and drops what was read.
+        `read_windows` drops from the second what the model reads of the passage: the rest is the
+        following text, so that nothing is lost if the passage is too long and is cut.
         """
         row = int(np.searchsorted(self.ends, example, side="right"))
         first = int(self.ends[row - 1]) if row else 0
@@ -1422,7 +1430,7 @@ def from_rank_0(value: Any) -> Any:
 def shard(model: Llara, device: torch.device, dtype: torch.dtype) -> None:
     """FSDP2 on any number of ranks, one included.
 
-    The weights move to the device, but for those on the meta device, which have none yet. Each
+    Tensors move to the device, but for those on the meta device: they have no numbers yet. Each
     decoder layer is gathered by itself. What is in no layer stays in the root's group: the
     embeddings and the head, which can be one and the same tensor.
 
@@ -1460,7 +1468,11 @@ def load_on_rank_0(name: str | Path) -> tuple[nn.Module, Any]:
 
 
 def fill_from_rank_0(model: Llara, weights: dict[str, Tensor], device: torch.device) -> None:
-    """Gives each rank its shards. model: sharded; weights: all of them on rank 0, {} on others."""
+    """Gives each rank its shards. model: sharded; weights: all of them on rank 0, {} on others.
+
+    The order, in `make_model`: `load_on_rank_0`; rank 0's state_dict, while it is whole; `shard`;
+    this.
+    """
     if dist.get_rank() > 0:
         model.to_empty(device=device)
     options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -1537,7 +1549,7 @@ def adaptation_step(
     # A mean of the micro-batches' means would weigh tokens and rows unequally: each micro-batch is
     # divided by the counts of the whole global batch instead.
     own_counts = torch.stack([batch["counts"] for batch in batches]).sum(dim=0)  # (3,)
-    # Integers: of floats, FSDP would round what it hands to forward to bfloat16.
+    # Integers, as FSDP casts what it hands to forward: floats would be rounded to bfloat16.
     counts = torch.tensor(sum_over_ranks(own_counts.tolist()), dtype=torch.long)  # (3,)
     losses = torch.zeros(len(TASKS), device=device)
     for batch in batches:
@@ -1626,9 +1638,10 @@ def fine_tuning_step(
 def run_step(
     model: Llara, item: Any, args, device: torch.device, step: int, train: bool = True
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """A step of either stage -> its losses by name, and what they count in a mean over steps.
+    """A step of either stage -> its losses by name; by the same names, what each counts.
 
-    For `held_out_losses`: AR counts by its tokens, EBAE and EBAR by their rows, the others 1.
+    The count is its weight when `held_out_losses` takes the mean over steps: for AR the number of
+    tokens, for EBAE and EBAR of rows, for the others 1.
     """
     generator = np.random.SeedSequence([args.seed, step, dist.get_rank()])
     # For dropout: no two forwards alike. 62 bits, so that the seeds of micro-batches, which are
@@ -1724,12 +1737,12 @@ def claim_output(args, output: Path) -> tuple[Path | None, str]:
     found = checkpoints(output)
     if args.resume and found:
         return found[-1], ""
+    if args.resume and (output / "log.jsonl").exists():
+        return None, ""  # killed before its first checkpoint: start again
     if output.exists() and not output.is_dir():
         return None, f"--output {output}: is a file"
     # Left by a run that did not get far: they do not block this one, which writes them anew.
     harmless = {"base", "python-docs.jsonl", "unfinished"}
-    if args.resume:
-        harmless.add("log.jsonl")  # killed before its first checkpoint: start again
     for path in output.iterdir() if output.exists() else ():
         empty_log = path.name == "log.jsonl" and path.stat().st_size == 0
         if path.name not in harmless and not empty_log:
@@ -1879,8 +1892,9 @@ def cost(model: Llara, item: Any, n_weights: int, seconds: float) -> dict[str, f
     row = {"tokens/s": tokens / seconds, "padding": 1 - tokens / padded, "GiB": peak_memory()}
     if torch.cuda.is_available():
         config = model.lm.config
-        # Forward and backward: 6 FLOPs a weight and token, and 6 d L^2 a layer for causal
-        # attention. Recomputed activations do not count.
+        # A product takes 2 FLOPs a weight and token forward, and twice that backward. Attention, a
+        # layer: 2 d L^2 for the scores and as much for the values, half of it as it is causal, and
+        # twice that backward. Recomputed activations do not count.
         attention = config.num_hidden_layers * config.hidden_size * squares
         flops = 6 * (n_weights * tokens + attention)
         for card, peak in PEAK_FLOPS.items():
@@ -2010,11 +2024,11 @@ tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModel.from_pretrained
 PREFIX = {prefix}
 SELF = {self_ids}
 NEXT = {next_ids}
-def embed(text, prompt):  # SELF for passages; NEXT for queries (SELF before fine-tuning)
+def embed(text, prompt):  # of this model: SELF for passages, {query_prompt} for queries
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     states = model(torch.tensor([PREFIX + ids + prompt])).last_hidden_state[0, -{pooled}:]
     return torch.nn.functional.normalize(states.float().mean(0), dim=-1)
-print(embed("A llama is a camelid.", SELF) @ embed("What is a llama?", NEXT))
+print(embed("A llama is a camelid.", SELF) @ embed("What is a llama?", {query_prompt}))
 ```
 """
 
@@ -2026,6 +2040,7 @@ def model_card(args, prompts: Prompts) -> str:
         stage=args.stage,
         batch_size=args.batch_size,
         pooled=prompts.pooled,
+        query_prompt="NEXT" if args.stage == "finetune" else "SELF",
         prefix=prompts.prefix,
         self_ids=prompts.SELF,
         next_ids=prompts.NEXT,

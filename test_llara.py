@@ -927,6 +927,15 @@ def test_resume_refuses_another_run(unbroken, capsys):
         assert "in a word: <s1>'" in refused(capsys, ADAPT + "other --resume")
 
 
+def test_killed_while_the_model_is_saved(unbroken):
+    """Without any checkpoint: the same command starts again."""
+    Path("half").mkdir()
+    Path("half/log.jsonl").write_text("{}")
+    Path("half/model.safetensors").write_text("cut off")
+    run(ADAPT + "half --resume")
+    assert_same_run("half", unbroken, 0)
+
+
 def test_a_full_disk_is_named(capsys):
     """Before anything is written."""
     with mock.patch.object(llara.shutil, "disk_usage", return_value=SimpleNamespace(free=1000)):
