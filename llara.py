@@ -498,10 +498,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if hidden_needs_grad else None  # (N, d)
         d_weight = torch.zeros_like(weight, dtype=dtype) if weight_needs_grad else None  # (V, d)
+        # The same memory for each chunk: to allocate it anew takes longer than the softmax itself.
+        logits_memory = hidden.new_empty(min(chunk, len(targets)), len(weight))  # (c, V)
+        probs_memory = torch.empty_like(logits_memory, dtype=dtype)  # (c, V)
         for start in range(0, len(targets), chunk):
             h = hidden[start : start + chunk]  # (c, d)
             target = targets[start : start + chunk, None]  # (c, 1)
-            log_probs = F.log_softmax(h @ weight.T, dim=-1, dtype=dtype)  # (c, V)
+            logits = torch.mm(h, weight.T, out=logits_memory[: len(h)])  # (c, V)
+            log_probs = torch.log_softmax(logits, -1, dtype=dtype, out=probs_memory[: len(h)])
             loss -= log_probs.gather(1, target).sum()
             if not (hidden_needs_grad or weight_needs_grad):
                 continue
@@ -1836,13 +1840,18 @@ def start_workers(dataset, args, first_step: int) -> Iterator[Any]:
     return iter(loader)
 
 
+def enable_checkpointing(lm: nn.Module) -> None:
+    """Activations of a layer are computed again in the backward pass, and not kept."""
+    # Renamed in transformers 5.23; the old name goes in 6.
+    enable = getattr(lm, "activation_checkpointing_enable", None)
+    enable = enable or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def make_model(args, lm: nn.Module, prompts: Prompts, device: torch.device, dtype: torch.dtype):
     """The model, sharded over the ranks, and its optimizer."""
     if args.gradient_checkpointing:
-        # Renamed in transformers 5.23; the old name goes in 6.
-        enable = getattr(lm, "activation_checkpointing_enable", None)
-        enable = enable or lm.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(lm)
     if args.stage == "finetune" and not lm.config.tie_word_embeddings:
         lm.get_output_embeddings().requires_grad_(False)  # it takes no part
     model = Llara(lm, prompts).train()

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -68,7 +69,9 @@ def resident_mb() -> float:
 
 
 def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    """Of this process. getrusage would give the parent's, if that was larger when it forked."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 2**10
 
 
 def in_new_process(function: Callable, *args):
@@ -93,7 +96,7 @@ def reference_model(checkpointing: bool = False) -> llara.Llara:
     )
     lm = LlamaForCausalLM(config)
     if checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        llara.enable_checkpointing(lm)
     return llara.Llara(lm, PROMPTS).train()
 
 
@@ -362,7 +365,7 @@ def bench_gpu() -> None:
     )
     with device:
         lm = LlamaForCausalLM(config).to(torch.bfloat16)
-    lm.gradient_checkpointing_enable({"use_reentrant": False})
+    llara.enable_checkpointing(lm)
     model = llara.Llara(lm, PROMPTS).train()
     n_weights = llara.count_weights_per_token(lm, "adapt")
     room = 1024 - len(PROMPTS.prefix) - len(PROMPTS.SELF) - len(PROMPTS.NEXT)
