@@ -249,9 +249,9 @@ def load_encoder(args, device: torch.device) -> Encoder:
 def cut_into_chunks(lengths: np.ndarray) -> list[np.ndarray]:
     """Lengths of texts (n,), in bytes -> their positions 0 .. n-1 in chunks of CHUNK.
 
-    The longest come first, so that little is padded. Chunks do not depend on the number of ranks:
-    so a run on two ranks can load embeddings that a run on eight has saved (see `embed_rows`), and
-    would itself have computed the same bits.
+    The longest come first, so that little is padded. Chunks do not depend on the number of ranks,
+    and batches are made within a chunk: so two ranks compute the same bits as eight, and can load
+    what eight have saved (see `embed_rows`).
     """
     longest_first = np.argsort(-lengths, kind="stable")  # (n,)
     return [longest_first[start : start + CHUNK] for start in range(0, len(lengths), CHUNK)]
@@ -307,6 +307,7 @@ def embed_queries(
     """The embeddings of rows (q,) of the queries: (q, d) float32, all of them on every rank."""
     rank, world = dist.get_rank(), dist.get_world_size()
     vectors = torch.zeros(len(rows), encoder.model.config.hidden_size)  # (q, d), on the CPU
+    # Positions are in `rows`, and so in `vectors`.
     for positions in cut_into_chunks(queries.lines.lengths[rows])[rank::world]:
         texts = [queries.text(row) for row in rows[positions]]
         vectors[positions] = torch.from_numpy(encoder.embed(texts, prompt, max_length))
@@ -349,10 +350,10 @@ def candidates(scores: Tensor, kth_best: Tensor, k: int) -> tuple[Tensor, Tensor
     """Of scores (b, n), those that might enter the list of their query, and their columns: (b, c).
 
     kth_best (b, 1): the worst score in the list of each query; -inf while it is not full. Every
-    score that beats it might enter. How many there are differs by query: c is the largest of these
-    numbers, and each query gets its c highest scores. So it gets all that beat its own k-th best,
-    and perhaps some that do not, which `merge` drops. More than k cannot enter, so c is at most k.
-    After a few blocks it is small, and this much cheaper than the top k.
+    score that beats it might enter, but no more than k of them. How many beat it differs by query:
+    c is the largest of these numbers, or k if that is less. Each query gets its c highest scores:
+    all of its own that can enter, and perhaps some that cannot, which `merge` drops. After a few
+    blocks c is small, and this much cheaper than the top k.
     """
     n = scores.shape[1]
     if n >= 2**15:
@@ -524,6 +525,7 @@ def retrieve(
     vectors = embed_queries(
         encoder, queries, np.array(judged), args.query_prompt, args.query_length
     )  # (q, d)
+    # All of the corpus is cut, so positions are rows.
     chunks = cut_into_chunks(corpus.lines.lengths)[dist.get_rank() :: dist.get_world_size()]
     files = [chunk_file(encoder, corpus, rows, args.passage_length, output) for rows in chunks]
     blocks = corpus_blocks(encoder, corpus, chunks, files, args.passage_length)

@@ -23,9 +23,9 @@ prompt closes the quote of the passage, and neither sees the other.
 
 The embedding of a text is the mean of the eight states, scaled to length 1. Adaptation, as above,
 is followed by fine-tuning on pairs of query and passage; search is by dot product. Passages take
-the SELF prompt. Queries take the NEXT prompt: an answer relates to its question as a following
-passage does to the one before it. But before fine-tuning queries take SELF as well: until then,
-nothing has made SELF and NEXT embeddings comparable.
+the SELF prompt. Queries take the NEXT prompt, whose states say what the passage after a text would
+hold: the passage after a question is its answer. But before fine-tuning queries take SELF as well:
+until then, nothing has made SELF and NEXT embeddings comparable.
 
     python llara.py                                           # a tiny model, Python's own docs
     torchrun llara.py --data wiki.jsonl --model HuggingFaceTB/SmolLM2-135M --output out
@@ -138,8 +138,8 @@ def make_prompts(
     """
     special_token = r"<[^<>\s]+>"
 
-    # split_special_tokens, as for passages (see `encode`): no special token is parsed out of words.
-    # Those of the prompt are cut off here, and their ids appended.
+    # split_special_tokens=True makes a "<s1>" in a text plain characters: a text cannot forge a
+    # prompt. The prompt's own are cut off first, and their ids appended.
     def prompt_ids(prompt):
         words = re.sub(special_token, "", prompt)
         word_ids = tokenizer(words, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -390,9 +390,9 @@ class Llara(nn.Module):
     def forward(self, batch: dict[str, Tensor], tasks: Iterable[str] = TASKS) -> Tensor:
         """A batch of `collate` -> (3,): AR, EBAE, EBAR; 0 for a task that is not in `tasks`.
 
-        Each is a sum over the batch, divided by batch["counts"]. In training these are overwritten
-        by the counts of the global batch, of which a batch is a part (see `adaptation_step`): so
-        the losses of the parts add up to that of the whole, however it was split.
+        Each is a sum over the batch, divided by batch["counts"]. `collate` counts this micro-batch.
+        In training `adaptation_step` puts the counts of all micro-batches of all ranks in their
+        place, before it calls this: so the losses of micro-batches add up to that of the step.
 
         The head is applied here and not by the caller, since FSDP gathers its weights for the
         duration of forward; and only where a loss needs it, since logits are what costs memory.
@@ -479,9 +479,9 @@ def chunked_cross_entropy(
     ValueError if hidden and targets differ in length.
 
     All logits, (N, V) in float32, are what fills the memory of the released code. Here they exist
-    `chunk` rows at a time, and the gradients are made while a chunk's logits are at hand: three
-    matrix products (logits, gradient of hidden, of weight), where to compute the logits once more
-    in the backward pass would take four.
+    `chunk` rows at a time, and the gradients are made while a chunk's logits are at hand. That
+    takes three matrix products: logits, gradient of hidden, gradient of weight. To compute the
+    logits once more in the backward pass, as checkpointing would, takes a fourth.
     """
     if len(hidden) != len(targets):
         raise ValueError(f"{len(hidden)} states for {len(targets)} targets")
@@ -599,8 +599,9 @@ def load(name: str | Path) -> tuple[nn.Module, Any]:
     if len(tokenizer) > n_rows:
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     check_vocabulary(name, lm, tokenizer)
-    # New rows start from the mean of the others: a random row in the head stands apart and takes
-    # probability from real tokens.
+    # Rows without a trained value are those of the tokens added here, perhaps among rows to spare,
+    # and those that the resize appended. They start from the mean of the others: a random row in
+    # the head stands apart and takes probability from real tokens.
     new_ids = {*tokenizer.convert_tokens_to_ids(new), *range(n_rows, len(tokenizer))}
     with torch.no_grad():
         for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
@@ -825,9 +826,10 @@ STOP_WORDS = frozenset(
     """.split()  # noqa: SIM905 (shorter than a list)
 )
 SENTENCE_END = re.compile(r"""[.!?]["')\]]*\s+|[。！？।؟]\s*|\n""")  # noqa: RUF001
-# An article is cut into windows of about equal length, each of them a passage. Their number is that
-# of its tokens, estimated from bytes by `tokens_per_row`, divided by this share of the room that
-# --max-length leaves: as the estimate is rough, few should turn out too long and be cut again.
+# An article is cut into windows of about equal length, each of them a passage: into
+# tokens / (PLANNED_SHARE * room) of them. The tokens are estimated from bytes (`tokens_per_row`),
+# and room is what --max-length leaves besides the prompts. The estimate is rough, and with a share
+# of 0.9 few windows are longer than the room and cut.
 PLANNED_SHARE = 0.9
 
 
@@ -835,7 +837,8 @@ PLANNED_SHARE = 0.9
 # Python's \w does not know marks, nor the joiners of Indic scripts and Persian, U+200C and U+200D.
 SCRIPTS = map(chr, range(0x300, 0x1F000))  # where marks are found
 MARKS = "".join(c for c in SCRIPTS if unicodedata.category(c).startswith("M"))
-# For speed alone, it changes no match: an ASCII character is not tried against all marks.
+# A look ahead of the class of some 2,000 marks, for speed alone: no mark is ASCII, so at an ASCII
+# character the class need not be searched.
 NOT_ASCII = r"(?=[^\x00-\x7f])"
 WORD = re.compile(rf"[^\W_]+(?:{NOT_ASCII}[{MARKS}\u200c\u200d]+[^\W_]*)*")
 
@@ -1052,10 +1055,10 @@ def global_batch(step: int, batch_size: int, seed: int, n: int) -> list[tuple[in
 def micro_batch_count(n: int, micro_batch_size: int, world: int) -> int:
     """How many micro-batches each rank runs for n sequences.
 
-    The same number on every rank, as FSDP needs it, and none of them empty. A rank has n // world
-    sequences, or one more. The rank with the fewest must fill all its micro-batches, so there are
-    n // world at most; they can then be larger than asked for. 9 sequences on 8 ranks, one at a
-    time, give a micro-batch each, and on one rank it holds two.
+    The same number on every rank, as FSDP needs it, and none of them empty. A rank with n // world
+    sequences can fill n // world micro-batches, so the number is capped there; a micro-batch can
+    then be larger than asked for. 9 sequences on 8 ranks, one at a time: ceil(9 / 8) = 2, capped
+    to 1. Seven ranks run one sequence, one rank runs two at once.
     """
     return min(math.ceil(n / (micro_batch_size * world)), n // world)
 
@@ -1104,10 +1107,10 @@ class Adaptation(torch.utils.data.Dataset):
             )
 
     def find_windows(self, example: int) -> tuple[str, str]:
-        """-> the passage of an example; the same passage and the next window as one text.
+        """-> two texts with the same start: the passage; the passage and the next window.
 
-        `read_windows` drops from the second what the model reads of the passage: the rest is the
-        following text, so that nothing is lost if the passage is too long and is cut.
+        After the passage is cut to its tokens, `read_windows` takes what lies beyond the cut in the
+        second for the following text: so a tail that was cut off opens it, and nothing is lost.
         """
         row = int(np.searchsorted(self.ends, example, side="right"))
         first = int(self.ends[row - 1]) if row else 0
@@ -1613,8 +1616,9 @@ def contrastive_step(
     if train:
         loss.backward()
         for i, (slots, _) in enumerate(micro_batches):
-            # By the chain rule: vectors.grad is d loss / d embedding, a constant here, so this sum
-            # has the gradient of the loss, as far as these embeddings go.
+            # g = vectors.grad is a constant here. The gradient of sum(embedding * g) is the sum of
+            # g * (gradient of embedding), by the chain rule the part of the loss's gradient that
+            # flows through these embeddings. Over all micro-batches the parts add up to it.
             surrogate = (embed_seeded(i) * vectors.grad[slots]).sum()
             (surrogate * world).backward()  # FSDP and DDP take the mean over ranks
     return loss.item(), accuracy.item()
@@ -1642,10 +1646,10 @@ def fine_tuning_step(
 def run_step(
     model: Llara, item: Any, args, device: torch.device, step: int, train: bool = True
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """A step of either stage -> its losses by name; by the same names, what each counts.
+    """A step of either stage -> two dicts with the same keys: its losses, and how many items each
+    is a mean over: tokens for AR, rows for EBAE and EBAR, one step for the others.
 
-    The count is its weight when `held_out_losses` takes the mean over steps: for AR the number of
-    tokens, for EBAE and EBAR of rows, for the others 1.
+    `held_out_losses` needs the second to take a mean over several batches.
     """
     generator = np.random.SeedSequence([args.seed, step, dist.get_rank()])
     # For dropout: no two forwards alike. 62 bits, so that the seeds of micro-batches, which are
@@ -1695,7 +1699,8 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 def get_lr(step: int, steps: int, peak: float, warmup: float) -> float:
     """The rate of a step: linear up over the share `warmup` of the steps, then linear down.
 
-    It would be 0 at step -1 and at step `steps`, the first that is not run.
+    It would be 0 at step -1, has its peak at step warmup_steps - 1, and would be 0 again at step
+    `steps`, the first that is not run.
     """
     warmup_steps = max(1.0, warmup * steps)
     if step + 1 < warmup_steps:
@@ -1901,9 +1906,9 @@ def cost(model: Llara, item: Any, n_weights: int, seconds: float) -> dict[str, f
     row = {"tokens/s": tokens / seconds, "padding": 1 - tokens / padded, "GiB": peak_memory()}
     if torch.cuda.is_available():
         config = model.lm.config
-        # A product takes 2 FLOPs a weight and token forward, and twice that backward. Attention, a
-        # layer: 2 d L^2 for the scores and as much for the values, half of it as it is causal, and
-        # twice that backward. Recomputed activations do not count.
+        # Forward: 2 FLOPs a weight and token; attention takes 2 d L^2 a layer for the scores and as
+        # much for the values, but half of both as it is causal: 2 d L^2. With backward three times
+        # that: 6 for both. Recomputed activations do not count.
         attention = config.num_hidden_layers * config.hidden_size * squares
         flops = 6 * (n_weights * tokens + attention)
         for card, peak in PEAK_FLOPS.items():
