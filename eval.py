@@ -63,6 +63,10 @@ def is_one_word(name: str) -> bool:
     return name.split() == [name]
 
 
+def is_whole_number(text: str) -> bool:
+    return re.fullmatch(r"-?\d{1,9}", text) is not None
+
+
 class Texts:
     """corpus.jsonl or queries.jsonl. Ids are held in memory, texts are read when they are needed.
 
@@ -125,21 +129,16 @@ def read_qrels(path: Path) -> Qrels:
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: is not UTF-8 ({error})") from None
     qrels: Qrels = {}
-    is_header = True  # of the first line that is not blank
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    for i, (number, line) in enumerate(numbered):
         place = f"{path}:{number}"
-        query, document, score = split_judgement(line, place)
-        is_whole_number = re.fullmatch(r"-?\d{1,9}", score)
+        is_header = i == 0
+        if is_header and is_whole_number(line.split()[-1]):
+            raise BadInput(f"{place}: should be a header: query-id, corpus-id, score, with tabs")
         if is_header:
-            is_header = False
-            if is_whole_number:
-                raise BadInput(
-                    f"{place}: should be a header: query-id, corpus-id, score, with tabs"
-                )
             continue
-        if not is_whole_number:
+        query, document, score = split_judgement(line, place)
+        if not is_whole_number(score):
             raise BadInput(f"{place}: the score {score[:40]!r} is not a whole number")
         grade = int(score)
         grades = qrels.setdefault(query, {})

@@ -1217,6 +1217,8 @@ JUDGED = HEADER + "q\td\t1\n"
         ("test.tsv:2: should be a header", [ROW], [QUERY], "\nq\td\t1\n"),
         ("test.tsv:2: 'q d 1' is not", [ROW], [QUERY], HEADER + "q d 1\n"),
         ("test.tsv:2: four columns, as in a TREC file", [ROW], [QUERY], HEADER + "q 0 d 1\n"),
+        ("test.tsv:1: should be a header", [ROW], [QUERY], "q 0 d 1\n"),
+        ("test.tsv:2: the score 'x'", [ROW], [QUERY], "query id\tcorpus id\tscore\nq\td\tx\n"),
         ("test.tsv:2: an id is empty or has a space", [ROW], [QUERY], HEADER + "q x\td\t1\n"),
         ("test.tsv:2: the score '1.5'", [ROW], [QUERY], HEADER + "q\td\t1.5\n"),
         ("test.tsv:3: q and d are judged twice", [ROW], [QUERY], JUDGED + "q\td\t2\n"),
