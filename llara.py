@@ -91,9 +91,9 @@ from transformers.utils import logging as transformers_logging
 
 # ---- prompts -------------------------------------------------------------------------------------
 
-# Each prompt ends with its special tokens: the states there become the embedding. Fewer tokens, or
-# the paper's one </s>, is a change of these texts (and of the quote, which is the default `prefix`
-# of `make_prompts`): the number of tokens is derived from them.
+# Each prompt ends with its special tokens: the states there become the embedding. The eight tokens
+# and the quotes are the released code's; the paper has one </s> and no quotes. To have that, change
+# these texts and the default `prefix` of `make_prompts`: all else is derived from them.
 SELF_PROMPT = '", summarize the above passage within eight words: <s1><s2><s3><s4><s5><s6><s7><s8>'
 NEXT_PROMPT = (
     '", predict the following passage within eight words: <s9><s10><s11><s12><s13><s14><s15><s16>'
@@ -202,7 +202,7 @@ def joint_mask(self_start: Tensor, self_length: int, length: int) -> tuple[Tenso
     """
     column = torch.arange(length, device=self_start.device)  # (L,)
     next_start = self_start + self_length  # (B,)
-    is_next = column >= next_start[:, None]  # (B, L)
+    is_next = column >= next_start[:, None]  # (B, L), of pads too, which nothing sees
     is_self = (column >= self_start[:, None]) & ~is_next  # (B, L)
     causal = column[:, None] >= column[None, :]  # (L, L)
     next_sees_self = is_next[:, :, None] & is_self[:, None, :]  # (B, L, L)
@@ -218,8 +218,10 @@ def pad(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
-# A row of a batch, not padded yet: the ids of the passage, then the ids of each bag, ordered as
-# BAG_TASKS: the words of the passage (EBAE), those of the following passage (EBAR).
+# A row of a batch, not padded yet: the ids of the passage, then each bag, ordered as BAG_TASKS: the
+# words of the passage (EBAE), those of the following passage (EBAR). A bag is the set of token ids
+# of a text's words, without stop words and punctuation, tokenised anew (`Adaptation.bags`): a word
+# of three tokens gives three ids.
 Example = tuple[list[int], ...]
 
 
@@ -409,7 +411,8 @@ class Llara(nn.Module):
         losses = dict.fromkeys(TASKS, zero)
 
         if "AR" in tasks:
-            # The tokens of the passage are predicted, each by the state one column before it.
+            # The tokens of the passage are predicted, each by the state one column before it; the
+            # first by the last of the prefix. So column 0, which nothing predicts, is left out.
             predicted = torch.arange(1, input_ids.shape[1], device=input_ids.device)  # (L-1,)
             after_prefix = predicted >= len(self.prompts.prefix)  # (L-1,)
             is_predicted = after_prefix & (predicted < self_start[:, None])  # (B, L-1)
@@ -677,7 +680,8 @@ def save(
     lm.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
     Path(folder, "README.md").write_text(card, encoding="utf-8")
-    # Without this, sentence-transformers would pool the last token, and say nothing.
+    # With this, SentenceTransformer(folder) calls Sentences.load, or refuses if llara.py is not to
+    # be found. Without it, it would pool the last token, and say nothing.
     modules = [{"idx": 0, "name": "0", "path": "", "type": "llara.Sentences"}]
     Path(folder, "modules.json").write_text(json.dumps(modules))
 
@@ -796,7 +800,8 @@ def check_length(name: str | Path, config, max_length: int, flag: str) -> None:
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and "sliding_attention" not in kinds:
         window = None  # set in the configuration, used by no layer
-    # The mask of the joint sequence is ours, without a window; encoding would have one.
+    # In adaptation our mask stands in for the model's, so that its window would not apply. `embed`
+    # passes no mask, and there it would. Up to the window's length both are the same.
     if window and max_length > window:
         raise BadInput(
             f"{flag} {max_length}: {name} has a sliding window of {window} tokens, which training "
@@ -1203,8 +1208,8 @@ class FineTuning(torch.utils.data.Dataset):
 
     A micro-batch is a list of (slot, ids), where the slot is 0..Q-1 for a query and Q..Q+P-1 for a
     passage of the global batch; the first Q passages are the positives. Every query draws one of
-    its positives, and negatives up to --group-size passages, anew each epoch. All ranks read the
-    global batch, to know which passages are true for whom; each tokenises only its own sequences.
+    its positives and group_size - 1 of its negatives, if it has any, anew each epoch. All ranks
+    read the global batch, to know which passages are true for whom; each tokenises only its own.
     """
 
     def __init__(
@@ -1437,7 +1442,7 @@ def from_rank_0(value: Any) -> Any:
 def shard(model: Llara, device: torch.device, dtype: torch.dtype) -> None:
     """FSDP2 on any number of ranks, one included.
 
-    Tensors move to the device, but for those on the meta device: they have no numbers yet. Each
+    `fully_shard` moves tensors to the device; those on the meta device have no numbers yet. Each
     decoder layer is gathered by itself. What is in no layer stays in the root's group: the
     embeddings and the head, which can be one and the same tensor.
 
@@ -1502,7 +1507,7 @@ def check_room(folder: Path, model: nn.Module, numbers_per_weight: int) -> None:
     if free < needed:
         raise BadInput(
             f"{folder}: saving takes {needed / 1e9:.3f} GB, and {free / 1e9:.3f} are free: nothing "
-            "was written; make room, then go on with --resume"
+            "was written; make room, then --resume"
         )
 
 
@@ -1737,21 +1742,21 @@ def is_finished(output: Path) -> bool:
 def claim_output(args, output: Path) -> tuple[Path | None, str]:
     """-> the checkpoint to go on from, if any; what is wrong with the folder, if anything.
 
-    During a run the folder holds log.jsonl, checkpoint-STEP/ (with the run's settings and its step
-    in run.json), "unfinished" while one is written, and by default base/ and python-docs.jsonl: the
-    small model before training, and its text. At the end the model, and run.json, which marks it
-    as finished. Without --resume any checkpoint or log is a reason to refuse. Left-overs of a run
-    that failed before its first step do not block the next one.
+    During a run the folder holds log.jsonl; checkpoint-STEP/, with the run's settings and its step
+    in run.json; "unfinished" while a checkpoint or the model is written; by default base/ and
+    python-docs.jsonl, the small model before training and its text. At the end it holds the model,
+    and run.json, which marks it as finished. Without --resume any checkpoint or log is a reason to
+    refuse. Left-overs of a run that failed before its first step do not block the next one.
     """
     found = checkpoints(output)
     if args.resume and found:
         return found[-1], ""
-    if args.resume and (output / "log.jsonl").exists():
-        return None, ""  # killed before its first checkpoint: start again
     if output.exists() and not output.is_dir():
         return None, f"--output {output}: is a file"
     # Left by a run that did not get far: they do not block this one, which writes them anew.
     harmless = {"base", "python-docs.jsonl", "unfinished"}
+    if args.resume:
+        harmless.add("log.jsonl")  # killed before its first checkpoint: start again
     for path in output.iterdir() if output.exists() else ():
         empty_log = path.name == "log.jsonl" and path.stat().st_size == 0
         if path.name not in harmless and not empty_log:
@@ -1763,12 +1768,12 @@ def claim_output(args, output: Path) -> tuple[Path | None, str]:
     return None, ""
 
 
-def run_settings(args, rows: Rows) -> dict[str, Any]:
-    """The settings that shape a run: with others, to go on would be another run."""
+def run_settings(args, paths: Sequence[Path]) -> dict[str, Any]:
+    """The settings with which alone a run may be resumed; those in `free` may change."""
     free = ("output", "resume", "save_every", "workers", "micro_batch_size", "valid", "explain")
     free += ("gradient_checkpointing",)
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    settings["data"] = {str(path): path.stat().st_size for path in rows.paths}  # in bytes
+    settings["data"] = {str(path): path.stat().st_size for path in paths}  # in bytes
     settings["prompts"] = [SELF_PROMPT, NEXT_PROMPT]
     return settings
 
@@ -1791,22 +1796,42 @@ def prepare(args, output: Path) -> tuple[nn.Module, Any, Rows]:
     return lm, tokenizer, rows
 
 
+def refuse_other_settings(now: dict[str, Any], before: dict[str, Any], folder: Path) -> None:
+    """BadInput names a setting that is not what it was in the run that `folder` holds."""
+    for name in now.keys() | before.keys():
+        if now.get(name) != before.get(name):
+            setting = f"--{name.replace('_', '-')}"
+            if name == "prompts":
+                setting = "SELF_PROMPT, NEXT_PROMPT"
+            raise BadInput(
+                f"{setting} is {now.get(name)}, but it was {before.get(name)} in {folder}: give "
+                "the same, or name another --output"
+            )
+
+
 def where_to_begin(checkpoint: Path | None, settings: dict[str, Any]) -> int:
     """The step to go on with. BadInput if the run of the checkpoint had other settings."""
     if checkpoint is None:
         return 0
     before = json.loads((checkpoint / "run.json").read_text())
-    for name in settings.keys() | before["settings"].keys():
-        now, then = settings.get(name), before["settings"].get(name)
-        if now != then:
-            setting = (
-                "SELF_PROMPT, NEXT_PROMPT" if name == "prompts" else f"--{name.replace('_', '-')}"
-            )
-            raise BadInput(
-                f"{setting} is {now}, but it was {then} in {checkpoint}: give the same, or name "
-                "another --output"
-            )
+    refuse_other_settings(settings, before["settings"], checkpoint)
     return before["step"]
+
+
+def report_finished(args, output: Path) -> None:
+    """Says so: no mistake, as a script can give its command until it succeeds.
+
+    BadInput if the finished run had other settings than those that are asked for now.
+    """
+    before = json.loads((output / "run.json").read_text())["settings"]
+    data = args.data or [output / "python-docs.jsonl"]
+    settings = run_settings(args, [file for path in data for file in data_files(path)])
+    for name in ("steps", "dtype"):  # worked out as a run begins, unless they are given
+        if settings[name] is None:
+            settings[name] = before[name]
+    refuse_other_settings(settings, before, output)
+    if dist.get_rank() == 0:
+        print(f"--output {output}: that run is finished, there is nothing to resume")
 
 
 def make_datasets(args, rows: Rows, tokenizer, prompts: Prompts):
@@ -1906,9 +1931,8 @@ def cost(model: Llara, item: Any, n_weights: int, seconds: float) -> dict[str, f
     row = {"tokens/s": tokens / seconds, "padding": 1 - tokens / padded, "GiB": peak_memory()}
     if torch.cuda.is_available():
         config = model.lm.config
-        # Forward: 2 FLOPs a weight and token; attention takes 2 d L^2 a layer for the scores and as
-        # much for the values, but half of both as it is causal: 2 d L^2. With backward three times
-        # that: 6 for both. Recomputed activations do not count.
+        # Forward: 2 FLOPs a weight and token; 2 d L^2 a layer for attention, that is 4 d L^2 halved
+        # by causality. With backward three times that. Recomputed activations do not count.
         attention = config.num_hidden_layers * config.hidden_size * squares
         flops = 6 * (n_weights * tokens + attention)
         for card, peak in PEAK_FLOPS.items():
@@ -1935,7 +1959,7 @@ def train(args) -> None:
     dataset, held_out = make_datasets(args, rows, tokenizer, prompts)
     if args.steps is None:
         args.steps = math.ceil(dataset.n_examples / args.batch_size)  # one epoch
-    settings = run_settings(args, rows)
+    settings = run_settings(args, rows.paths)
     first_step = where_to_begin(checkpoint, settings)
     items = start_workers(dataset, args, first_step)  # forked before a tensor is on a GPU
     if rank == 0:
@@ -2001,8 +2025,14 @@ def finish(model: Llara, tokenizer, dataset, args, settings: dict[str, Any]) -> 
         if model.lm.config.tie_word_embeddings:
             for name in model.lm._tied_weights_keys or ():
                 state.pop(name, None)  # or the embeddings are written twice
-        save(model.lm, tokenizer, output, model_card(args, model.prompts), state)
-        (output / "run.json").write_text(json.dumps({"settings": settings}, indent=1))
+        aside = output / "unfinished"
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while saving
+        save(model.lm, tokenizer, aside, model_card(args, model.lm, model.prompts), state)
+        (aside / "run.json").write_text(json.dumps({"settings": settings}, indent=1))
+        # Last of all run.json, which marks the run as finished.
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == "run.json"):
+            path.rename(output / path.name)
+        aside.rmdir()
         for folder in checkpoints(output):
             shutil.rmtree(folder)
     if args.stage == "adapt":
@@ -2040,6 +2070,7 @@ SELF = {self_ids}
 NEXT = {next_ids}
 def embed(text, prompt):  # of this model: SELF for passages, {query_prompt} for queries
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    ids = ids[:{max_length} - len(PREFIX + prompt)]
     states = model(torch.tensor([PREFIX + ids + prompt])).last_hidden_state[0, -{pooled}:]
     return torch.nn.functional.normalize(states.float().mean(0), dim=-1)
 print(embed("A llama is a camelid.", SELF) @ embed("What is a llama?", {query_prompt}))
@@ -2047,8 +2078,10 @@ print(embed("A llama is a camelid.", SELF) @ embed("What is a llama?", {query_pr
 """
 
 
-def model_card(args, prompts: Prompts) -> str:
+def model_card(args, lm: nn.Module, prompts: Prompts) -> str:
+    positions = getattr(lm.config, "max_position_embeddings", None)
     return MODEL_CARD.format(
+        max_length=min(512, positions or 512),  # as `encode` has it
         base=args.model or "random weights",
         steps=args.steps,
         stage=args.stage,
@@ -2167,7 +2200,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         value = getattr(args, name, None)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} {value}: {least} at least")
-    if args.stage == "finetune" and not (args.model and args.data):
+    if args.stage == "finetune" and not (args.model and args.data) and not args.explain:
         parser.error("--stage finetune needs --model, what adaptation has saved, and --data")
     if args.explain and not args.model:
         parser.error("--explain needs --model")
@@ -2186,12 +2219,10 @@ def main() -> None:
         if args.explain:
             lm, tokenizer = load(args.model)
             model = Llara(lm, make_prompts(tokenizer)).eval()
-            for text in args.explain:
+            for text in args.explain if dist.get_rank() == 0 else ():
                 print_explanation(text, explain(model, tokenizer, text))
         elif args.resume and from_rank_0(is_finished(Path(args.output))):
-            # Not a mistake: a script can give this command until it succeeds.
-            if dist.get_rank() == 0:
-                print(f"--output {args.output}: that run is finished, there is nothing to resume")
+            report_finished(args, Path(args.output))
         else:
             train(args)
 

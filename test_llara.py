@@ -929,10 +929,11 @@ def test_resume_refuses_another_run(unbroken, capsys):
 
 def test_killed_while_the_model_is_saved(unbroken):
     """Without any checkpoint: the same command starts again."""
-    Path("half").mkdir()
+    Path("half/unfinished").mkdir(parents=True)
     Path("half/log.jsonl").write_text("{}")
-    Path("half/model.safetensors").write_text("cut off")
+    Path("half/unfinished/model.safetensors").write_text("cut off")
     run(ADAPT + "half --resume")
+    assert not Path("half/unfinished").exists()
     assert_same_run("half", unbroken, 0)
 
 
@@ -945,10 +946,11 @@ def test_a_full_disk_is_named(capsys):
 
 
 def test_a_finished_run_is_not_run_again(unbroken, capsys):
-    """The same command can be given until it succeeds."""
+    """The same command can be given until it succeeds; another one is refused."""
     before = Path(unbroken, "model.safetensors").stat().st_mtime_ns
     run(ADAPT + unbroken + " --resume")
     assert "that run is finished" in capsys.readouterr().out
+    assert "--steps is 9, but it was 8" in refused(capsys, ADAPT + unbroken + " --resume --steps 9")
     assert Path(unbroken, "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -994,7 +996,7 @@ def test_from_text_to_a_model(unbroken):
     names = {}
     exec(card.replace('"."', '"new"'), names)
     model, tokenizer = AutoModel.from_pretrained("new"), AutoTokenizer.from_pretrained("new")
-    for text in ("A llama.", "he <s1> said </s> it"):
+    for text in ("A llama.", "he <s1> said </s> it", "word " * 900):
         for prompt in ("self", "next"):
             ours = llara.encode(model, tokenizer, text, prompt)
             assert_same(torch.tensor(ours), names["embed"](text, names[prompt.upper()]))
