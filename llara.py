@@ -10,8 +10,10 @@ plain text. After a passage come two prompts, in one sequence, and the model run
     " passage ", summarize the above passage within eight words: <s1>..<s8> ", predict.. <s9>..<s16>
     prefix   `---------------------- SELF prompt ----------------------'  `----- NEXT prompt -----'
 
-    EBAE  the states at <s1>..<s8> must predict the set of words of the passage itself.
-    EBAR  the states at <s9>..<s16> must predict the set of words of the passage that follows it.
+    EBAE  (embedding-based auto-encoding) the states at <s1>..<s8> must predict the set of words of
+          the passage itself.
+    EBAR  (embedding-based auto-regression) those at <s9>..<s16> must predict the set of words of
+          the passage that follows it.
 
     a row sees:          prefix + passage    SELF       NEXT
     prefix + passage         causal           -          -
@@ -27,11 +29,11 @@ the SELF prompt. Queries take the NEXT prompt, whose states say what the passage
 hold: the passage after a question is its answer. But before fine-tuning queries take SELF as well:
 until then, nothing has made SELF and NEXT embeddings comparable.
 
-    python llara.py                                           # a tiny model, Python's own docs
+    python llara.py --output tiny                             # a tiny model, Python's own docs
     torchrun llara.py --data wiki.jsonl --model HuggingFaceTB/SmolLM2-135M --output out
     torchrun llara.py --stage finetune --model out --data pairs.jsonl --output retriever
     torchrun --nproc-per-node 8 llara.py --data wiki.jsonl --model meta-llama/Llama-2-7b-hf \
-        --gradient-checkpointing
+        --gradient-checkpointing --output llama
     python llara.py --explain "The llama is a camelid." --model out
 """
 
@@ -134,7 +136,8 @@ def make_prompts(
 ) -> Prompts:
     """The prompts in the ids of this tokenizer; for Llama-2: 2, 19 and 18 of them.
 
-    ValueError if a special token at the end of a prompt is not one token of this tokenizer.
+    ValueError if a special token at the end of a prompt is not one token of this tokenizer, or if
+    nothing stands before a passage.
     """
     special_token = r"<[^<>\s]+>"
 
@@ -163,6 +166,8 @@ def make_prompts(
     with_all_it_adds = tokenizer(prefix, split_special_tokens=True).input_ids
     if with_all_it_adds[:1] == [tokenizer.bos_token_id]:
         prefix_ids = [tokenizer.bos_token_id, *prefix_ids]
+    if not prefix_ids:
+        raise ValueError("without a prefix or a BOS, nothing predicts the first token of a passage")
     return Prompts(prefix_ids, self_ids, next_ids, self_pooled)
 
 
@@ -392,9 +397,9 @@ class Llara(nn.Module):
     def forward(self, batch: dict[str, Tensor], tasks: Iterable[str] = TASKS) -> Tensor:
         """A batch of `collate` -> (3,): AR, EBAE, EBAR; 0 for a task that is not in `tasks`.
 
-        Each is a sum over the batch, divided by batch["counts"]. `collate` counts this micro-batch.
-        In training `adaptation_step` puts the counts of all micro-batches of all ranks in their
-        place, before it calls this: so the losses of micro-batches add up to that of the step.
+        Each is a sum over the batch, divided by batch["counts"]. `collate` sets these to the counts
+        of this micro-batch; `adaptation_step` overwrites them with those of the global batch. So
+        the results of all micro-batches and ranks add up to the losses of the step.
 
         The head is applied here and not by the caller, since FSDP gathers its weights for the
         duration of forward; and only where a loss needs it, since logits are what costs memory.
@@ -831,10 +836,9 @@ STOP_WORDS = frozenset(
     """.split()  # noqa: SIM905 (shorter than a list)
 )
 SENTENCE_END = re.compile(r"""[.!?]["')\]]*\s+|[。！？।؟]\s*|\n""")  # noqa: RUF001
-# An article is cut into windows of about equal length, each of them a passage: into
-# tokens / (PLANNED_SHARE * room) of them. The tokens are estimated from bytes (`tokens_per_row`),
-# and room is what --max-length leaves besides the prompts. The estimate is rough, and with a share
-# of 0.9 few windows are longer than the room and cut.
+# An article is cut into n = ceil(tokens / (PLANNED_SHARE * room)) windows of about equal length.
+# Each window is a passage. The tokens are estimated from bytes (`tokens_per_row`), and room is what
+# --max-length leaves besides the prompts. With a share of 0.9, few windows exceed the room.
 PLANNED_SHARE = 0.9
 
 
@@ -1114,8 +1118,8 @@ class Adaptation(torch.utils.data.Dataset):
     def find_windows(self, example: int) -> tuple[str, str]:
         """-> two texts with the same start: the passage; the passage and the next window.
 
-        After the passage is cut to its tokens, `read_windows` takes what lies beyond the cut in the
-        second for the following text: so a tail that was cut off opens it, and nothing is lost.
+        The passage is later cut to `room` tokens. The following text is the second text without the
+        part that was kept: it begins with whatever was cut off, and nothing is lost.
         """
         row = int(np.searchsorted(self.ends, example, side="right"))
         first = int(self.ends[row - 1]) if row else 0

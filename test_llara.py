@@ -397,6 +397,12 @@ def test_half_changed_prompts_are_refused(tokenizer):
         llara.make_prompts(tokenizer, '", so: <s1> <s2>', '", then: <s3> <s4>')
 
 
+def test_a_passage_stands_behind_something(tokenizer):
+    """Its first token could not be predicted, but would be counted."""
+    with pytest.raises(ValueError, match="without a prefix or a BOS"):
+        llara.make_prompts(tokenizer, prefix="")
+
+
 def test_prefix_takes_bos_and_never_eos(tokenizer):
     from tokenizers.processors import TemplateProcessing
 
