@@ -45,6 +45,7 @@ from llara import (
     choose_dtype,
     docstrings,
     encode,
+    is_only_adapted,
     make_prompts,
     pick_device,
     process_group,
@@ -677,6 +678,8 @@ def main() -> None:
         collections = args.data or [output / "python"]
         if not args.data and dist.get_rank() == 0:
             write_python_collection(collections[0])
+        if args.query_prompt == "next" and is_only_adapted(args.model) and dist.get_rank() == 0:
+            print(f"{args.model} is not fine-tuned: queries do better with --query-prompt self")
         dist.barrier()
         results = {}
         for data in collections:

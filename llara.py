@@ -681,27 +681,34 @@ def save(
     card: str = "",
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes an ordinary folder of transformers; `card` becomes its README.md."""
+    """Writes an ordinary folder of transformers; `card`, if given, becomes its README.md."""
     lm.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
-    Path(folder, "README.md").write_text(card, encoding="utf-8")
+    if card:
+        Path(folder, "README.md").write_text(card, encoding="utf-8")
     # With this, SentenceTransformer(folder) calls Sentences.load, or refuses if llara.py is not to
     # be found. Without it, it would pool the last token, and say nothing.
     modules = [{"idx": 0, "name": "0", "path": "", "type": "llara.Sentences"}]
     Path(folder, "modules.json").write_text(json.dumps(modules))
 
 
+def is_only_adapted(folder: str | Path) -> bool:
+    """Is this what adaptation has saved, not fine-tuned yet? Then queries do better with SELF."""
+    run = Path(folder, "run.json")
+    return run.exists() and json.loads(run.read_text())["settings"]["stage"] == "adapt"
+
+
 class Sentences(nn.Module):
     """A saved model for sentence-transformers: SentenceTransformer(modules=[Sentences("out")]).
 
-    Then encode_document takes the SELF prompt, and encode_query the NEXT prompt: before fine-tuning
-    say Sentences("out", query_prompt="self"). The embeddings are those of `encode`. That library
-    calls load, preprocess and forward, and asks for max_seq_length.
+    Then encode_document takes the SELF prompt, and encode_query the NEXT prompt; SELF if the folder
+    holds a model that is only adapted. The embeddings are those of `encode`. That library calls
+    load, preprocess and forward, and asks for max_seq_length.
     """
 
-    def __init__(self, folder: str, max_length: int = 512, query_prompt: str = "next"):
+    def __init__(self, folder: str, max_length: int = 512):
         super().__init__()
-        self.query_prompt = query_prompt
+        self.query_prompt = "self" if is_only_adapted(folder) else "next"
         self.model, self.tokenizer = read_pretrained(AutoModel, folder)
         self.prompts = make_prompts(self.tokenizer)
         positions = getattr(self.model.config, "max_position_embeddings", None)

@@ -1007,9 +1007,17 @@ def test_from_text_to_a_model(unbroken):
             ours = llara.encode(model, tokenizer, text, prompt)
             assert_same(torch.tensor(ours), names["embed"](text, names[prompt.upper()]))
     assert json.loads(Path("new/modules.json").read_text())[0]["type"] == "llara.Sentences"
-    sentences = llara.Sentences("new").eval()
+
+
+@pytest.mark.parametrize("flags, prompt", [(ADAPT, "self"), (FINETUNE, "next")])
+def test_sentences_know_the_prompt_of_queries(flags, prompt):
+    """SELF for a model that is only adapted, NEXT after fine-tuning."""
+    folder = f"queries-take-{prompt}"
+    run(flags + folder + " --steps 1")
+    sentences = llara.Sentences(folder).eval()
     features = sentences(sentences.preprocess(["A llama.", "b"], task="query"))
-    ours = llara.encode(model, tokenizer, ["A llama.", "b"], "next")
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ours = llara.encode(model, tokenizer, ["A llama.", "b"], prompt)
     assert_same(torch.tensor(ours), features["sentence_embedding"])
 
 
