@@ -8,7 +8,8 @@ a state that is global: it must carry what a whole passage says. LLaRA asks for 
 plain text. After a passage come two prompts, in one sequence, and the model runs once:
 
     " passage ", summarize the above passage within eight words: <s1>..<s8> ", predict.. <s9>..<s16>
-    prefix   `---------------------- SELF prompt ----------------------'  `----- NEXT prompt -----'
+    |         `--------------------- SELF prompt ----------------------'  `----- NEXT prompt -----'
+    prefix: the quote, after a BOS if the tokenizer has one
 
     EBAE  (embedding-based auto-encoding) the states at <s1>..<s8> must predict the set of words of
           the passage itself.
@@ -94,8 +95,9 @@ from transformers.utils import logging as transformers_logging
 # ---- prompts -------------------------------------------------------------------------------------
 
 # Each prompt ends with its special tokens: the states there become the embedding. The eight tokens
-# and the quotes are the released code's; the paper has one </s> and no quotes. To have that, change
-# these texts and the default `prefix` of `make_prompts`: all else is derived from them.
+# and the quotes are those of the authors' released code; the paper has one </s> and no quotes. To
+# have that, change these texts: all else is derived from them.
+PREFIX = '"'
 SELF_PROMPT = '", summarize the above passage within eight words: <s1><s2><s3><s4><s5><s6><s7><s8>'
 NEXT_PROMPT = (
     '", predict the following passage within eight words: <s9><s10><s11><s12><s13><s14><s15><s16>'
@@ -132,7 +134,7 @@ def make_prompts(
     tokenizer,
     self_prompt: str = SELF_PROMPT,
     next_prompt: str = NEXT_PROMPT,
-    prefix: str = '"',
+    prefix: str = PREFIX,
 ) -> Prompts:
     """The prompts in the ids of this tokenizer; for Llama-2: 2, 19 and 18 of them.
 
@@ -373,7 +375,7 @@ def encode(
             rows = longest_first[start : start + batch_size]
             tensors = [torch.tensor(sequences[row]) for row in rows]
             # This is `pad`, written out so that encode can be copied into another project. It also
-            # needs SELF_PROMPT, NEXT_PROMPT, Prompts, make_prompts, final_states and embed.
+            # needs PREFIX, SELF_PROMPT, NEXT_PROMPT, Prompts, make_prompts, final_states and embed.
             input_ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True)  # (b, L)
             lengths = torch.tensor([len(tensor) for tensor in tensors])  # (b,)
             input_ids, lengths = input_ids.to(device), lengths.to(device)
@@ -416,23 +418,26 @@ class Llara(nn.Module):
         losses = dict.fromkeys(TASKS, zero)
 
         if "AR" in tasks:
-            # The tokens of the passage are predicted, each by the state one column before it; the
-            # first by the last of the prefix. So column 0, which nothing predicts, is left out.
-            predicted = torch.arange(1, input_ids.shape[1], device=input_ids.device)  # (L-1,)
-            after_prefix = predicted >= len(self.prompts.prefix)  # (L-1,)
-            is_predicted = after_prefix & (predicted < self_start[:, None])  # (B, L-1)
-            # F.cross_entropy(hidden @ head.weight.T, ids, reduction="sum"), in less memory:
+            # A state predicts the token of the next column. Those of the passage are targets; the
+            # first of them is predicted by the last state of the prefix.
+            states = hidden[:, :-1]  # (B, L-1, d)
+            next_ids = input_ids[:, 1:]  # (B, L-1)
+            next_column = torch.arange(1, input_ids.shape[1], device=input_ids.device)  # (L-1,)
+            after_prefix = next_column >= len(self.prompts.prefix)  # (L-1,)
+            is_target = after_prefix & (next_column < self_start[:, None])  # (B, L-1)
+            # F.cross_entropy(states @ head.weight.T, next_ids, reduction="sum") of the N targets,
+            # in less memory:
             losses["AR"] = chunked_cross_entropy(
-                hidden[:, :-1][is_predicted],  # (N, d)
+                states[is_target],  # (N, d)
                 head.weight,
-                input_ids[:, 1:][is_predicted],  # (N,)
+                next_ids[is_target],  # (N,)
             )
         for task, prompt in BAG_TASKS.items():
             if task in tasks:
                 columns = batch[f"{prompt}_columns"]  # (B, 8)
                 states = hidden.take_along_dim(columns[:, :, None], dim=1)  # (B, 8, d)
                 losses[task] = bag_loss(head(states), batch[task])  # of logits (B, 8, V)
-        return torch.stack(list(losses.values())) / batch["counts"].clamp(min=1)
+        return torch.stack([losses[task] for task in TASKS]) / batch["counts"].clamp(min=1)
 
     def embed(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """`embed` as a method, for which FSDP can gather the weights: (B, L), (B,) -> (B, d)."""
@@ -513,12 +518,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             h = hidden[start : start + chunk]  # (c, d)
             target = targets[start : start + chunk, None]  # (c, 1)
             logits = torch.mm(h, weight.T, out=logits_memory[: len(h)])  # (c, V)
+            # One piece of memory holds in turn log p, p, and p - onehot. The loss is read first.
             log_probs = torch.log_softmax(logits, -1, dtype=dtype, out=probs_memory[: len(h)])
             loss -= log_probs.gather(1, target).sum()
             if not (hidden_needs_grad or weight_needs_grad):
                 continue
-            probs = log_probs.exp_()  # (c, V), in the memory of log_probs
-            # d loss / d logits = softmax - onehot, again in the same memory.
+            probs = log_probs.exp_()  # (c, V)
+            # d loss / d logits = softmax - onehot
             d_logits = probs.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
             d_logits = d_logits.to(h.dtype)  # (c, V)
             if hidden_needs_grad:
@@ -804,20 +810,26 @@ def refuse_number_formats(name: str | Path) -> None:
 
 
 def check_length(name: str | Path, config, max_length: int, flag: str) -> None:
-    """BadInput if sequences of `max_length` tokens are beyond the model's positions or window."""
+    """BadInput if sequences of `max_length` tokens are beyond the model's positions."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions and max_length > positions:
         raise BadInput(f"{flag} {max_length}: {name} has {positions} positions")
+
+
+def check_attention_window(name: str | Path, config, max_length: int) -> None:
+    """BadInput if joint sequences of `max_length` tokens are beyond the model's sliding window.
+
+    The mask of adaptation replaces the model's own, and so its window. `embed` passes no mask: in
+    fine-tuning and in `encode` the window applies. Up to the window's length both are the same.
+    """
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and "sliding_attention" not in kinds:
         window = None  # set in the configuration, used by no layer
-    # In adaptation our mask stands in for the model's, so that its window would not apply. `embed`
-    # passes no mask, and there it would. Up to the window's length both are the same.
     if window and max_length > window:
         raise BadInput(
-            f"{flag} {max_length}: {name} has a sliding window of {window} tokens, which training "
-            f"does not apply: take {flag} {window} at most"
+            f"--max-length {max_length}: {name} has a sliding window of {window} tokens, which "
+            f"adaptation does not apply: take --max-length {window} at most"
         )
 
 
@@ -851,10 +863,10 @@ PLANNED_SHARE = 0.9
 
 # A word: letters and digits, and the marks among them, as in Hindi, Thai or vocalised Arabic.
 # Python's \w does not know marks, nor the joiners of Indic scripts and Persian, U+200C and U+200D.
-SCRIPTS = map(chr, range(0x300, 0x1F000))  # where marks are found
-MARKS = "".join(c for c in SCRIPTS if unicodedata.category(c).startswith("M"))
-# A look ahead of the class of some 2,000 marks, for speed alone: no mark is ASCII, so at an ASCII
-# character the class need not be searched.
+CHARACTERS = [chr(code) for code in range(0x300, 0x1F000)]  # where marks are found
+MARKS = "".join(c for c in CHARACTERS if unicodedata.category(c).startswith("M"))
+# A lookahead before the class of some 2,000 marks, for speed alone: no mark is ASCII, so at an
+# ASCII character the class need not be searched.
 NOT_ASCII = r"(?=[^\x00-\x7f])"
 WORD = re.compile(rf"[^\W_]+(?:{NOT_ASCII}[{MARKS}\u200c\u200d]+[^\W_]*)*")
 
@@ -888,23 +900,23 @@ class Rows:
 
     def __init__(self, paths: Iterable[str | Path]):
         self.paths = [file for path in paths for file in data_files(path)]
-        self.files = [open(path, "rb") for path in self.paths]  # noqa: SIM115 (read later)
         # Positions and lengths are 64 bits wide: a file can have more than 2^31 bytes.
         file_numbers, line_numbers, starts = array("q"), array("q"), array("q")
         lengths = array("q")
         foreign = array("q")  # bytes of characters that are not ASCII, for `tokens_per_row`
-        for file_number, file in enumerate(self.files):
+        for file_number, path in enumerate(self.paths):
             start = 0
-            for line_number, line in enumerate(file, 1):
-                if start == 0 and line.startswith(b"\x1f\x8b"):
-                    raise BadInput(f"{self.paths[file_number]}: compressed: gunzip it first")
-                if not line.isspace():
-                    file_numbers.append(file_number)
-                    line_numbers.append(line_number)
-                    starts.append(start)
-                    lengths.append(len(line))
-                    foreign.append(count_foreign_bytes(line))
-                start += len(line)
+            with open(path, "rb") as file:
+                for line_number, line in enumerate(file, 1):
+                    if start == 0 and line.startswith(b"\x1f\x8b"):
+                        raise BadInput(f"{path}: compressed: gunzip it first")
+                    if not line.isspace():
+                        file_numbers.append(file_number)
+                        line_numbers.append(line_number)
+                        starts.append(start)
+                        lengths.append(len(line))
+                        foreign.append(count_foreign_bytes(line))
+                    start += len(line)
         if not lengths:
             raise BadInput(f"{', '.join(map(str, self.paths))}: no rows in there")
         self.file_numbers = np.array(file_numbers)
@@ -922,9 +934,11 @@ class Rows:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         """Row i. BadInput if its line is not a JSON object."""
-        file = self.files[self.file_numbers[i]]
-        # Workers share the open files: read at a position of our own, and do not move theirs.
-        line = os.pread(file.fileno(), int(self.lengths[i]), int(self.starts[i]))
+        # Opened anew for each read: a process may have some 1,000 open files, and a Wikipedia from
+        # WikiExtractor has more.
+        with open(self.paths[self.file_numbers[i]], "rb") as file:
+            file.seek(self.starts[i])
+            line = file.read(self.lengths[i])
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -1026,7 +1040,9 @@ def tokens_per_row(rows: Rows, tokenizer, sample: int = 128) -> np.ndarray:
     tokens = []
     for i in picked:
         text = read_article(rows, i)
-        head = text[:20_000]  # alone is tokenised, and stands for its share of the row's bytes
+        # Only the head is tokenised. It stands for the same share of the row's bytes, of which some
+        # are keys and quotes, here as in the rows that are not sampled.
+        head = text[:20_000]
         share = len(head) / max(1, len(text))
         ids = tokenizer(head, add_special_tokens=False, split_special_tokens=True).input_ids
         features.append([plain[i] * share, foreign[i] * share])
@@ -1080,8 +1096,7 @@ def micro_batch_count(n: int, micro_batch_size: int, world: int) -> int:
 
 
 def split_by_length(lengths: Sequence[int], count: int) -> list[np.ndarray]:
-    """Indices in `count` groups of like length. The longest come first: if memory is too small for
-    them, this shows in the first step."""
+    """Indices in `count` groups of like length, the longest of this step first."""
     order = np.argsort([-length for length in lengths], kind="stable")
     return np.array_split(order, count)
 
@@ -1122,16 +1137,17 @@ class Adaptation(torch.utils.data.Dataset):
                 f"{self.room} tokens, so none has a following one; lower --max-length"
             )
 
-    def find_windows(self, example: int) -> tuple[str, str]:
-        """-> two texts with the same start: the passage; the passage and the next window.
+    def find_windows(self, number: int) -> tuple[str, str]:
+        """Of an example: two texts with the same start: the passage; it and the next window.
 
-        The passage is later cut to `room` tokens. The following text is the second text without the
-        part that was kept: it begins with whatever was cut off, and nothing is lost.
+        Example k of a row is made of its windows k and k + 1. The passage is later cut to `room`
+        tokens. The following text is the second text without the part that was kept: it begins
+        with what was cut off, and is then cut to `room` itself.
         """
-        row = int(np.searchsorted(self.ends, example, side="right"))
+        row = int(np.searchsorted(self.ends, number, side="right"))
         first = int(self.ends[row - 1]) if row else 0
         n_windows = int(self.ends[row]) - first + 1
-        k = example - first
+        k = number - first
         text = read_article(self.rows, row)
         start = boundary(text, k, n_windows)
         end = boundary(text, k + 1, n_windows)
@@ -1478,11 +1494,13 @@ def load_on_rank_0(name: str | Path) -> tuple[nn.Module, Any]:
 
     So a node holds the weights once, 27 GB for 7B, and not once a rank. `fill_from_rank_0` follows.
     """
+    lm, tokenizer, config = None, None, None
     if dist.get_rank() == 0:
         lm, tokenizer = load(name)
-        from_rank_0((lm.config, tokenizer))
+        config = lm.config
+    config, tokenizer = from_rank_0((config, tokenizer))
+    if lm is not None:
         return lm, tokenizer
-    config, tokenizer = from_rank_0(None)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="sdpa"
@@ -1667,10 +1685,10 @@ def run_step(
 
     `held_out_losses` needs the second to take a mean over several batches.
     """
-    generator = np.random.SeedSequence([args.seed, step, dist.get_rank()])
-    # For dropout: no two forwards alike. 62 bits, so that the seeds of micro-batches, which are
-    # this + 0, 1, 2 .., fit 63.
-    seed = int(generator.generate_state(1, np.uint64)[0] >> 2)
+    sequence = np.random.SeedSequence([args.seed, step, dist.get_rank()])
+    # For dropout: no two forwards alike. 62 bits: `contrastive_step` adds the number of a
+    # micro-batch, and the sum must fit 63.
+    seed = int(sequence.generate_state(1, np.uint64)[0] >> 2)
     if args.stage == "finetune":
         loss, accuracy = fine_tuning_step(model, item, args.temperature, device, seed, train)
         return {"loss": loss, "accuracy": accuracy}, {"loss": 1.0, "accuracy": 1.0}
@@ -1785,7 +1803,7 @@ def run_settings(args, paths: Sequence[Path]) -> dict[str, Any]:
     free += ("gradient_checkpointing",)
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["data"] = {str(path): path.stat().st_size for path in paths}  # in bytes
-    settings["prompts"] = [SELF_PROMPT, NEXT_PROMPT]
+    settings["prompts"] = [PREFIX, SELF_PROMPT, NEXT_PROMPT]
     return settings
 
 
@@ -1813,7 +1831,7 @@ def refuse_other_settings(now: dict[str, Any], before: dict[str, Any], folder: P
         if now.get(name) != before.get(name):
             setting = f"--{name.replace('_', '-')}"
             if name == "prompts":
-                setting = "SELF_PROMPT, NEXT_PROMPT"
+                setting = "PREFIX, SELF_PROMPT, NEXT_PROMPT"
             raise BadInput(
                 f"{setting} is {now.get(name)}, but it was {before.get(name)} in {folder}: give "
                 "the same, or name another --output"
@@ -1857,12 +1875,13 @@ def make_datasets(args, rows: Rows, tokenizer, prompts: Prompts):
 
 def check_run(args, lm: nn.Module) -> None:
     """BadInput if lengths or batch do not fit the model or the ranks."""
+    name = args.model or "the small model"
     for flag in ("max_length", "query_length", "passage_length"):
         length = getattr(args, flag)
         if length is not None:
-            check_length(
-                args.model or "the small model", lm.config, length, f"--{flag.replace('_', '-')}"
-            )
+            check_length(name, lm.config, length, f"--{flag.replace('_', '-')}")
+    if args.stage == "adapt":
+        check_attention_window(name, lm.config, args.max_length)
     world = dist.get_world_size()
     if args.batch_size < world:
         raise BadInput(f"--batch-size {args.batch_size} leaves some of {world} ranks without work")
@@ -1918,7 +1937,7 @@ def update(model: Llara, optimizer, item: Any, args, device: torch.device, step:
     if not math.isfinite(losses["loss"] + norm):
         raise BadInput(
             f"step {step}: the loss or its gradient is not finite; nothing was updated. A lower "
-            "--lr may help; --resume goes on from the last checkpoint"
+            "--lr, with another --output, may help; --resume repeats this step"
         )
     optimizer.step()
     optimizer.zero_grad()
@@ -1926,14 +1945,17 @@ def update(model: Llara, optimizer, item: Any, args, device: torch.device, step:
 
 
 def count_weights_per_token(lm: nn.Module, stage: str) -> int:
-    """How many weights multiply each token: all layers, and in adaptation the head."""
-    embeddings = lm.get_input_embeddings().weight.numel()  # the head has as many
-    layers = lm.num_parameters() - embeddings
+    """How many weights multiply each token: all layers, and in adaptation the head.
+
+    The head is counted for all tokens, although it sees none of the prompts' plain words.
+    """
+    in_head = lm.get_input_embeddings().weight.numel()  # the embeddings have as many
+    in_layers = lm.num_parameters() - in_head
     if not lm.config.tie_word_embeddings:
-        layers -= embeddings
+        in_layers -= in_head
     if stage == "adapt":
-        return layers + embeddings
-    return layers
+        return in_layers + in_head
+    return in_layers
 
 
 def cost(model: Llara, item: Any, n_weights: int, seconds: float) -> dict[str, float]:
@@ -1942,10 +1964,10 @@ def cost(model: Llara, item: Any, n_weights: int, seconds: float) -> dict[str, f
     row = {"tokens/s": tokens / seconds, "padding": 1 - tokens / padded, "GiB": peak_memory()}
     if torch.cuda.is_available():
         config = model.lm.config
-        # Forward: 2 FLOPs a weight and token; 2 d L^2 a layer for attention, that is 4 d L^2 halved
-        # by causality. With backward three times that. Recomputed activations do not count.
-        attention = config.num_hidden_layers * config.hidden_size * squares
-        flops = 6 * (n_weights * tokens + attention)
+        # 2 FLOPs a weight and token; 2 d L^2 a layer for attention, 4 d L^2 halved by causality.
+        attention = 2 * config.num_hidden_layers * config.hidden_size * squares
+        forward = 2 * n_weights * tokens + attention
+        flops = 3 * forward  # backward takes two; recomputed activations do not count
         for card, peak in PEAK_FLOPS.items():
             if card in torch.cuda.get_device_name():
                 row["MFU"] = flops / seconds / peak / dist.get_world_size()
@@ -1963,7 +1985,7 @@ def train(args) -> None:
     if complaint:
         raise BadInput(complaint)
 
-    # The model's text, and where to begin.
+    # The model as it was, the data, and the first step.
     lm, tokenizer, rows = prepare(args, output)
     check_run(args, lm)
     prompts = make_prompts(tokenizer)

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -456,6 +457,20 @@ def without_space(text):
     return "".join(text.split())
 
 
+def test_more_files_than_a_process_may_open(tmp_path):
+    """As WikiExtractor leaves them: a Wikipedia is some 15,000 files."""
+    for i in range(40):
+        (tmp_path / f"wiki_{i:02}").write_text(json.dumps({"text": f"article {i}"}) + "\n")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    n_open = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 20, limits[1]))
+    try:
+        rows = llara.Rows([tmp_path])
+        assert [rows[i]["text"] for i in range(40)] == [f"article {i}" for i in range(40)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_passages_of_an_article_are_adjacent(tokenizer):
     """Each following passage begins where the passage ends: joined, they are the article."""
     data = adaptation(["articles.jsonl"], tokenizer)
@@ -739,11 +754,12 @@ def test_architectures_that_cannot_work(family, reason, settings):
 
 def test_lengths_that_a_model_cannot_have():
     config = tiny_model("mistral", sliding_window=32, max_position_embeddings=64).config
-    llara.check_length("it", config, 32, "--max-length")
-    with pytest.raises(llara.BadInput, match="sliding window of 32"):
-        llara.check_length("it", config, 33, "--max-length")
+    llara.check_length("it", config, 64, "--max-length")
     with pytest.raises(llara.BadInput, match="--max-length 65: it has 64 positions"):
         llara.check_length("it", config, 65, "--max-length")
+    llara.check_attention_window("it", config, 32)
+    with pytest.raises(llara.BadInput, match="sliding window of 32"):
+        llara.check_attention_window("it", config, 33)
 
 
 def test_encode_is_text_by_text():
