@@ -1895,7 +1895,7 @@ def start_workers(dataset, args, first_step: int) -> Iterator[Any]:
         sampler=range(first_step, args.steps),
         num_workers=args.workers,
         collate_fn=lambda item: item,
-        multiprocessing_context="fork" if args.workers else None,  # they share the open files
+        multiprocessing_context="fork" if args.workers else None,  # they share the index
     )
     return iter(loader)
 
