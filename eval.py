@@ -6,25 +6,24 @@
     FOLDER/qrels/test.tsv  query-id, corpus-id, score
 
 Passages are embedded with the SELF prompt (" summarize the above passage .."), queries with the
-NEXT prompt (" predict the following passage .."): see llara.py. With a model that was adapted, but
-not fine-tuned yet, queries do better with SELF too: --query-prompt self. Each query then gets the
-passages of the highest dot product, and nDCG, MRR, recall and MAP say, as trec_eval does, how good
-they are. --pairs writes pairs to fine-tune on, with hard negatives out of what was found.
+NEXT prompt (" predict the following passage ..") or, if the model was only adapted or fine-tuned
+so, with SELF too: see llara.py. Each query then gets the passages of the highest dot product, and
+nDCG, MRR, recall and MAP say, as trec_eval does, how good they are. --pairs writes pairs to
+fine-tune on, with hard negatives out of what was found.
 
     python eval.py                                    # ./out, on docstrings of Python's library
     python eval.py --model retriever --data data/scifact data/cranfield
-    python eval.py --model out --query-prompt self --data data/scifact --split train --pairs p.jsonl
+    python eval.py --model out --data data/scifact --split train --pairs pairs.jsonl
     torchrun --nproc-per-node 8 eval.py --model retriever --data data/msmarco --split dev
 """
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import os
 import re
-import uuid
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -39,17 +38,18 @@ from tqdm import tqdm
 from llara import (
     BadInput,
     Rows,
-    check_length,
-    check_text,
-    check_vocabulary,
+    check_texts,
     choose_dtype,
     docstrings,
     encode,
-    is_only_adapted,
     make_prompts,
+    max_positions,
     pick_device,
+    positive,
     process_group,
-    read_pretrained,
+    query_prompt_of,
+    read_model,
+    say,
 )
 
 CHUNK = 1024  # passages that are encoded, and saved, together
@@ -57,15 +57,6 @@ BLOCK = 8  # chunks that are searched together
 QUERIES_AT_ONCE = 1024  # with a block, 1024 * 8 * 1024 scores: 34 MB
 
 # ---- read a collection ---------------------------------------------------------------------------
-
-
-def is_one_word(name: str) -> bool:
-    """Not empty, and without white space."""
-    return name.split() == [name]
-
-
-def is_whole_number(text: str) -> bool:
-    return re.fullmatch(r"-?\d{1,9}", text) is not None
 
 
 class Texts:
@@ -77,40 +68,32 @@ class Texts:
 
     def __init__(self, path: Path):
         self.path = path
-        # lines[row] is a dict, lines.place(row) its "file:line", lines.lengths (n,) are in bytes.
         self.lines = Rows([path])
         self.ids: list[str] = []
         self.row_of: dict[str, int] = {}  # of an id
-        self.empty: list[str] = []  # "file:line" of texts that are empty
+        self.n_empty = 0
         digest = hashlib.sha256()
         for row in range(len(self.lines)):
             name, text = self.read(row)
-            place = self.lines.place(row)
-            if name in self.row_of:
-                first = self.lines.place(self.row_of[name])
-                raise BadInput(f"{place}: the id {name!r} is also that of {first}")
             self.row_of[name] = row
             self.ids.append(name)
-            if not text:
-                self.empty.append(place)
+            self.n_empty += not text
             digest.update(f"{name}\n{text}\n".encode())
         self.digest = digest.hexdigest()
 
     def read(self, row: int) -> tuple[str, str]:
         """-> the id of a row; its title and text, joined by a space."""
-        fields, place = self.lines[row], self.lines.place(row)
-        if "_id" not in fields or "text" not in fields:
-            raise BadInput(f'{place}: needs "_id" and "text"; its keys are {sorted(fields)[:5]}')
-        name = fields["_id"]
-        if isinstance(name, int) and not isinstance(name, bool):
-            name = str(name)  # some collections number their texts
-        name = check_text(name, '"_id"', place)
-        if not is_one_word(name):
-            raise BadInput(
-                f"{place}: the id {name!r} is empty or has white space: no TREC run file holds such"
-            )
-        title = check_text(fields.get("title") or "", '"title"', place)
-        text = check_text(fields["text"], '"text"', place)
+        with self.lines.row(row) as fields:
+            name, title, text = fields["_id"], fields.get("title") or "", fields["text"]
+            if isinstance(name, int):
+                name = str(name)  # some collections number their texts
+            check_texts(name, title, text)
+            if name.split() != [name]:
+                raise ValueError(
+                    f"the id {name!r} is empty or has white space: no run file can hold it"
+                )
+            if self.row_of.get(name, row) != row:
+                raise ValueError(f"the id {name!r} stands in an earlier line too")
         return name, f"{title} {text}".strip()
 
     def text(self, row: int) -> str:
@@ -121,55 +104,36 @@ Qrels = dict[str, dict[str, int]]  # query: {document: grade}
 
 
 def read_qrels(path: Path) -> Qrels:
-    """qrels/SPLIT.tsv. BadInput names the line that is no judgement, and says what it is."""
-    if not path.exists():
-        splits = sorted(file.stem for file in path.parent.glob("*.tsv"))
-        raise BadInput(f"{path}: does not exist; the splits there are {splits}")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: is not UTF-8 ({error})") from None
+    """qrels/SPLIT.tsv: a header, then query id, document id, grade, with tabs between.
+
+    BadInput names the line that is no judgement.
+    """
     qrels: Qrels = {}
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    for i, (number, line) in enumerate(numbered):
-        place = f"{path}:{number}"
-        is_header = i == 0
-        if is_header and is_whole_number(line.split()[-1]):
-            raise BadInput(f"{place}: should be a header: query-id, corpus-id, score, with tabs")
-        if is_header:
+    header, *lines = path.read_bytes().splitlines() or [b""]
+    if re.search(rb"\s-?\d+\s*$", header):  # it would silently be left out
+        raise BadInput(f"{path}:1: should be a header: query-id, corpus-id, score, with tabs")
+    for number, line in enumerate(lines, 2):
+        if not line.strip():
             continue
-        query, document, score = split_judgement(line, place)
-        if not is_whole_number(score):
-            raise BadInput(f"{place}: the score {score[:40]!r} is not a whole number")
-        grade = int(score)
-        grades = qrels.setdefault(query, {})
-        if document in grades and grades[document] != grade:
-            raise BadInput(f"{place}: {query} and {document} are judged twice, with other grades")
-        grades[document] = grade
+        try:
+            query, document, score = (field.strip() for field in line.decode().split("\t"))
+            grade = int(score)
+        except ValueError as error:
+            raise BadInput(
+                f"{path}:{number}: should be query id, document id, whole number, with tabs "
+                f"between: {line[:60]!r} ({error})"
+            ) from None
+        if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
+            raise BadInput(f"{path}:{number}: {query} and {document} are judged twice, differently")
     if not qrels:
         raise BadInput(f"{path}: holds no judgement")
     return qrels
 
 
-def split_judgement(line: str, place: str) -> tuple[str, str, str]:
-    """The three fields of a line. BadInput says what the line is instead."""
-    fields = [field.strip() for field in line.split("\t")]
-    if len(fields) == 3 and all(is_one_word(field) for field in fields):
-        return fields[0], fields[1], fields[2]
-    if len(fields) == 3:
-        raise BadInput(f"{place}: an id is empty or has a space: {line[:60]!r}")
-    if len(line.split()) == 4:
-        raise BadInput(
-            f"{place}: four columns, as in a TREC file; write a header, and query id, document id, "
-            "score, with tabs"
-        )
-    raise BadInput(f"{place}: {line[:60]!r} is not query id, document id, score, with tabs between")
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    """Writes a file so that nobody ever sees half of it, whoever else writes it at this moment."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    aside.write_bytes(content)
+def write_aside(path: Path, content: str) -> None:
+    """Writes a file so that nobody ever sees half of it."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(content, encoding="utf-8")
     os.replace(aside, path)
 
 
@@ -198,20 +162,23 @@ def write_python_collection(folder: Path) -> None:
             judgements.append(f"q{number}\td{number}\t1")
         seen.update(lines)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    write_aside(folder / "corpus.jsonl", "\n".join(corpus).encode())
-    write_aside(folder / "queries.jsonl", "\n".join(queries).encode())
-    write_aside(folder / "qrels" / "test.tsv", "\n".join(judgements).encode())
+    write_aside(folder / "corpus.jsonl", "\n".join(corpus))
+    write_aside(folder / "queries.jsonl", "\n".join(queries))
+    write_aside(folder / "qrels" / "test.tsv", "\n".join(judgements))
 
 
 # ---- encode --------------------------------------------------------------------------------------
 
 
 class Encoder(NamedTuple):
-    """A model with its tokenizer. The digest tells it from any other: see `chunk_file`."""
+    """A model with its tokenizer, and how to use it."""
 
     model: torch.nn.Module
     tokenizer: object
-    digest: str  # of the weights, the configuration and the tokenizer
+    digest: str  # of all that shapes an embedding
+    query_prompt: str
+    query_length: int
+    passage_length: int
     batch_size: int
 
     def embed(self, texts: list[str], prompt: str, max_length: int) -> np.ndarray:
@@ -222,28 +189,39 @@ class Encoder(NamedTuple):
 def load_encoder(args, device: torch.device) -> Encoder:
     """BadInput if --model is no LLaRA model, or if texts of these lengths are beyond it."""
     dtype = choose_dtype(args.dtype, device)
-    model, tokenizer = read_pretrained(transformers.AutoModel, args.model, dtype)
-    for flag, length in (("query", args.query_length), ("passage", args.passage_length)):
-        check_length(args.model, model.config, length, f"--{flag}-length")
-    # Without the special tokens in the tokenizer, it is no LLaRA model.
+    model, tokenizer = read_model(transformers.AutoModel, args.model, dtype)
     try:
         prompts = make_prompts(tokenizer)  # token ids: a text is prefix + text + SELF or NEXT
+        for length in (args.query_length, args.passage_length):
+            prompts.around([], "self", length)
+            prompts.around([], "next", length)
     except ValueError as error:
-        raise BadInput(f"{args.model}: {error}; adapt it with llara.py first") from None
-    n_prompt_tokens = len(prompts.prefix) + max(len(prompts.SELF), len(prompts.NEXT))
-    if min(args.query_length, args.passage_length) <= n_prompt_tokens:
+        raise BadInput(f"{args.model}: {error}") from None
+    limit = max_positions(model.config)
+    if max(args.query_length, args.passage_length) > limit:
         raise BadInput(
-            f"--query-length and --passage-length: the prompts take {n_prompt_tokens} tokens, so "
-            "more than that"
+            f"--query-length, --passage-length: {args.model} was made for {limit} tokens"
         )
-    check_vocabulary(args.model, model, tokenizer)
-    digest = hashlib.sha256(model.config.to_json_string().encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    shaped_by = (
+        model.config.to_json_string(),
+        prompts,
+        args.passage_length,
+        args.batch_size,
+        str(dtype),
+        device.type,
+        torch.__version__,
+        transformers.__version__,
+    )
+    digest.update(repr(shaped_by).encode())
     # All of the weights and not a sample: models can differ in the special tokens' rows alone.
     for name, weight in model.state_dict().items():
         digest.update(name.encode())
         digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().data)
-    return Encoder(model.to(device).eval(), tokenizer, digest.hexdigest(), args.batch_size)
+    prompt = args.query_prompt or query_prompt_of(args.model)
+    lengths = args.query_length, args.passage_length
+    model = model.to(device).eval()
+    return Encoder(model, tokenizer, digest.hexdigest(), prompt, *lengths, args.batch_size)
 
 
 def cut_into_chunks(lengths: np.ndarray) -> list[np.ndarray]:
@@ -251,68 +229,61 @@ def cut_into_chunks(lengths: np.ndarray) -> list[np.ndarray]:
 
     The longest come first, so that little is padded. Chunks do not depend on the number of ranks,
     and batches are made within a chunk: so two ranks compute the same bits as eight, and can load
-    what eight have saved (see `embed_rows`).
+    what eight have saved.
     """
     longest_first = np.argsort(-lengths, kind="stable")  # (n,)
     return [longest_first[start : start + CHUNK] for start in range(0, len(lengths), CHUNK)]
 
 
-def chunk_file(encoder: Encoder, corpus: Texts, rows: np.ndarray, max_length: int, folder: Path):
-    """Where the embeddings of these rows of the corpus lie: the name tells all that shapes them."""
-    shaped_by = (
-        encoder.digest,
-        corpus.digest,
-        rows.tolist(),
-        max_length,
-        encoder.batch_size,
-        str(encoder.model.dtype),
-        encoder.model.device.type,
-        make_prompts(encoder.tokenizer),
-        torch.__version__,
-        transformers.__version__,
-    )
-    name = hashlib.sha256(repr(shaped_by).encode()).hexdigest()[:32]
-    return folder / f"embeddings-{name}.npy"
+def embed_chunk(encoder: Encoder, corpus: Texts, rows: np.ndarray, file: Path) -> np.ndarray:
+    """The embeddings (n, d) of rows (n,) of the corpus: from `file`, or made and saved there.
 
-
-def embed_rows(
-    encoder: Encoder, corpus: Texts, rows: np.ndarray, max_length: int, file: Path
-) -> np.ndarray:
-    """The embeddings of rows (n,) of the corpus: (n, d), read from `file`, or made and saved there.
-
-    The file is there if an earlier run was killed, or had --keep-embeddings. It saves time and is
-    not relied on: another run may remove it or write it again at any moment, and if it is missing
-    or damaged, it is made anew.
+    The file is there if an earlier run was killed, or had --keep-embeddings. The folder's name
+    tells what shaped it, and a file has its name only when it is whole.
     """
-    try:
-        embeddings = np.load(file, allow_pickle=False)
-        is_whole = embeddings.shape == (len(rows), encoder.model.config.hidden_size)
-        if is_whole and np.isfinite(embeddings).all():
-            return embeddings
-    except (OSError, ValueError, EOFError):
-        pass  # not there, or damaged
-    embeddings = encoder.embed([corpus.text(row) for row in rows], "self", max_length)
+    if file.exists():
+        return np.load(file, allow_pickle=False)
+    texts = [corpus.text(row) for row in rows]
+    embeddings = encoder.embed(texts, "self", encoder.passage_length)
     if encoder.model.dtype != torch.float32:
         # Half the room; no coarser than bfloat16, and values from -1 to 1 are within its range.
         embeddings = embeddings.astype(np.float16)
-    content = io.BytesIO()
-    np.save(content, embeddings)
-    write_aside(file, content.getvalue())
+    aside = file.with_name(f".{os.getpid()}-{file.name}")
+    np.save(aside, embeddings)
+    os.replace(aside, file)
     return embeddings
 
 
-def embed_queries(
-    encoder: Encoder, queries: Texts, rows: np.ndarray, prompt: str, max_length: int
-) -> Tensor:
-    """The embeddings of rows (q,) of the queries: (q, d) float32, all of them on every rank."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    vectors = torch.zeros(len(rows), encoder.model.config.hidden_size)  # (q, d), on the CPU
-    # Positions are in `rows`, and so in `vectors`.
-    for positions in cut_into_chunks(queries.lines.lengths[rows])[rank::world]:
+def corpus_blocks(
+    encoder: Encoder, corpus: Texts, folder: Path
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Embeddings (n, d) and rows (n,) of this rank's chunks, BLOCK at a time: for `search`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chunks = list(enumerate(cut_into_chunks(corpus.lines.lengths)))
+    mine = chunks[dist.get_rank() :: dist.get_world_size()]
+    total = sum(len(rows) for _, rows in mine)
+    with tqdm(total=total, unit="text", desc="corpus", disable=dist.get_rank() > 0) as bar:
+        for start in range(0, len(mine), BLOCK):
+            embeddings = []
+            for number, rows in mine[start : start + BLOCK]:
+                file = folder / f"{number:06d}.npy"
+                embeddings.append(embed_chunk(encoder, corpus, rows, file))
+                bar.update(len(rows))
+            block_rows = [rows for _, rows in mine[start : start + BLOCK]]
+            yield np.concatenate(embeddings), np.concatenate(block_rows)
+
+
+def embed_queries(encoder: Encoder, queries: Texts, rows: np.ndarray) -> Tensor:
+    """The embeddings of rows (q,) of the queries: (q, d) float32, on every rank the same."""
+    vectors = []
+    for positions in cut_into_chunks(queries.lines.lengths[rows]):
         texts = [queries.text(row) for row in rows[positions]]
-        vectors[positions] = torch.from_numpy(encoder.embed(texts, prompt, max_length))
-    dist.all_reduce(vectors)  # a sum, by gloo: what other ranks have embedded is 0 here
-    return vectors
+        vectors.append(encoder.embed(texts, encoder.query_prompt, encoder.query_length))
+    order = np.concatenate(cut_into_chunks(queries.lines.lengths[rows]))  # (q,)
+    sorted_vectors = np.concatenate(vectors)  # (q, d)
+    embeddings = np.empty_like(sorted_vectors)  # (q, d)
+    embeddings[order] = sorted_vectors
+    return torch.from_numpy(embeddings)
 
 
 # ---- search --------------------------------------------------------------------------------------
@@ -327,82 +298,31 @@ def search(
     their rows in the corpus (n,) int64. An iterator will do: they are read once, in turn.
     -> scores (q, k), best first, and rows (q, k); -inf and -1 where there are fewer than k. Of
     passages that tie at the k-th place, any are taken.
-    ValueError if a block has 2^15 passages or more: `candidates` counts in int16.
     """
-    device = queries.device
-    best_scores = torch.full((len(queries), k), -torch.inf, device=device)  # (q, k)
-    best_rows = torch.full((len(queries), k), -1, device=device)  # (q, k)
+    scores = torch.full((len(queries), k), -torch.inf, device=queries.device)  # (q, k)
+    rows = torch.full((len(queries), k), -1, device=queries.device)  # (q, k)
     for embeddings, block_rows in blocks:
-        passages = torch.from_numpy(embeddings).to(device).float()  # (n, d)
-        rows = torch.from_numpy(block_rows).to(device)  # (n,)
+        passages = torch.from_numpy(embeddings).to(queries.device).float()  # (n, d)
+        block_rows = torch.from_numpy(block_rows).to(queries.device)  # (n,)
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             some = slice(start, start + QUERIES_AT_ONCE)  # b of the queries
-            scores = queries[some] @ passages.T  # (b, n)
-            kth_best = best_scores[some, -1:]  # (b, 1)
-            new_scores, columns = candidates(scores, kth_best, k)  # (b, c) each
-            best_scores[some], best_rows[some] = merge(
-                [best_scores[some], new_scores], [best_rows[some], rows[columns]], k
-            )
-    return best_scores, best_rows
-
-
-def candidates(scores: Tensor, kth_best: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of scores (b, n), those that might enter the list of their query, and their columns: (b, c).
-
-    kth_best (b, 1): the worst score in the list of each query; -inf while it is not full. Every
-    score that beats it might enter, but no more than k of them. How many beat it differs by query:
-    c is the largest of these numbers, or k if that is less. Each query gets its c highest scores:
-    all of its own that can enter, and perhaps some that cannot, which `merge` drops. After a few
-    blocks c is small, and this much cheaper than the top k.
-    """
-    n = scores.shape[1]
-    if n >= 2**15:
-        raise ValueError(f"a block of {n} passages: its counts would not fit int16")
-    # By default, truth values are summed in int64, which takes four times as long.
-    counts = (scores > kth_best).sum(dim=1, dtype=torch.int16)  # (b,)
-    return scores.topk(min(int(counts.max()), k))
-
-
-def merge(scores: list[Tensor], rows: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Lists of scores (b, some) and of their rows (b, some) -> the k best: (b, k), (b, k)."""
-    best_scores, order = torch.cat(scores, dim=1).topk(k)  # (b, k)
-    best_rows = torch.cat(rows, dim=1).gather(1, order)  # (b, k)
-    return best_scores, best_rows
+            new, columns = (queries[some] @ passages.T).topk(min(k, len(passages)))  # (b, c)
+            scores[some], order = torch.cat([scores[some], new], dim=1).topk(k)  # (b, k)
+            rows[some] = torch.cat([rows[some], block_rows[columns]], dim=1).gather(1, order)
+    return scores, rows
 
 
 def search_over_ranks(
     queries: Tensor, blocks: Iterable[tuple[np.ndarray, np.ndarray]], k: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Tensor, Tensor]:
     """`search`, each rank in blocks of its own; every rank gets the best of all."""
     scores, rows = (result.cpu() for result in search(queries, blocks, k))  # (q, k), (q, k)
     scores_of_ranks = [torch.empty_like(scores) for _ in range(dist.get_world_size())]
     rows_of_ranks = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
     dist.all_gather(scores_of_ranks, scores)
     dist.all_gather(rows_of_ranks, rows)
-    scores, rows = merge(scores_of_ranks, rows_of_ranks, k)
-    return scores.numpy(), rows.numpy()
-
-
-def corpus_blocks(
-    encoder: Encoder,
-    corpus: Texts,
-    chunks: list[np.ndarray],
-    files: list[Path],
-    max_length: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """BLOCK chunks at a time, their embeddings (n, d) and rows (n,): the blocks of `search`.
-
-    files: of each chunk, where its embeddings lie or will lie.
-    """
-    total = sum(len(rows) for rows in chunks)
-    with tqdm(total=total, unit="text", desc="corpus", disable=dist.get_rank() > 0) as bar:
-        for start in range(0, len(chunks), BLOCK):
-            block = chunks[start : start + BLOCK]
-            embeddings = []
-            for rows, file in zip(block, files[start : start + BLOCK], strict=True):
-                embeddings.append(embed_rows(encoder, corpus, rows, max_length, file))
-                bar.update(len(rows))
-            yield np.concatenate(embeddings), np.concatenate(block)
+    scores, order = torch.cat(scores_of_ranks, dim=1).topk(k)  # (q, k)
+    return scores, torch.cat(rows_of_ranks, dim=1).gather(1, order)
 
 
 # ---- metrics -------------------------------------------------------------------------------------
@@ -488,28 +408,21 @@ def mine_pairs(args, queries: Texts, corpus: Texts, qrels: Qrels, run: Run) -> l
 # ---- main ----------------------------------------------------------------------------------------
 
 
-def find_oddities(args, data: Path, queries: Texts, corpus: Texts, qrels: Qrels) -> list[str]:
+def describe_oddities(queries: Texts, corpus: Texts, qrels: Qrels, skipped: bool) -> list[str]:
     """What a reader of the numbers should know about the collection."""
     judged = {name for grades in qrels.values() for name in grades}
-    no_query = qrels.keys() - queries.row_of.keys()
-    no_document = judged - corpus.row_of.keys()
-    identical = qrels.keys() & queries.row_of.keys() & corpus.row_of.keys()
-    if args.skip_identical_ids:
-        identical = set()
-    oddities = [
-        (no_query, "judged queries are not in queries.jsonl: they score 0"),
-        (no_document, "judged documents are not in corpus.jsonl: never found"),
-        (queries.empty + corpus.empty, "texts are empty: searched as they are"),
-        (
-            identical,
-            "queries have the id of a document, and may find themselves: --skip-identical-ids?",
+    same_ids = qrels.keys() & queries.row_of.keys() & corpus.row_of.keys()
+    # Numbered collections share ids by chance; where ids are names, a query may find itself.
+    same_ids = {name for name in same_ids if not name.isdigit() and not skipped}
+    counts = {
+        "judged queries are not in queries.jsonl: they score 0": len(
+            qrels.keys() - queries.row_of.keys()
         ),
-    ]
-    return [
-        f"{data}: {len(names)} {what} ({', '.join(sorted(names)[:3])} ..)"
-        for names, what in oddities
-        if names
-    ]
+        "judged documents are not in corpus.jsonl: never found": len(judged - corpus.row_of.keys()),
+        "texts are empty: searched as they are": queries.n_empty + corpus.n_empty,
+        "queries have the id of a document: --skip-identical-ids?": len(same_ids),
+    }
+    return [f"{count} {what}" for what, count in counts.items() if count]
 
 
 def retrieve(
@@ -522,13 +435,10 @@ def retrieve(
             f"{queries.path}: holds none of the queries that are judged in qrels/{args.split}.tsv: "
             "are they of another collection?"
         )
-    vectors = embed_queries(
-        encoder, queries, np.array(judged), args.query_prompt, args.query_length
-    )  # (q, d)
-    # All of the corpus is cut, so positions are rows.
-    chunks = cut_into_chunks(corpus.lines.lengths)[dist.get_rank() :: dist.get_world_size()]
-    files = [chunk_file(encoder, corpus, rows, args.passage_length, output) for rows in chunks]
-    blocks = corpus_blocks(encoder, corpus, chunks, files, args.passage_length)
+    vectors = embed_queries(encoder, queries, np.array(judged))  # (q, d)
+    name = hashlib.sha256(f"{encoder.digest}{corpus.digest}".encode()).hexdigest()[:32]
+    folder = output / f"embeddings-{name}"
+    blocks = corpus_blocks(encoder, corpus, folder)
     # A query that finds itself loses that one, and should still have --top-k.
     k = args.top_k + 1 if args.skip_identical_ids else args.top_k
     scores, rows = search_over_ranks(vectors.to(encoder.model.device), blocks, k)  # (q, k)
@@ -541,9 +451,9 @@ def retrieve(
             found.pop(query, None)
         # Sorted again: `search` leaves equal scores in any order, trec_eval does not.
         run[query] = {name: found[name] for name in rank_documents(found)[: args.top_k]}
-    if not args.keep_embeddings:
-        for file in files:
-            file.unlink(missing_ok=True)
+    dist.barrier()
+    if not args.keep_embeddings and dist.get_rank() == 0:
+        shutil.rmtree(folder)
     return run
 
 
@@ -552,11 +462,9 @@ def evaluate(args, encoder: Encoder, data: Path, output: Path) -> dict:
     qrels = read_qrels(data / "qrels" / f"{args.split}.tsv")
     queries = Texts(data / "queries.jsonl")
     corpus = Texts(data / "corpus.jsonl")
-    notes = find_oddities(args, data, queries, corpus, qrels)
-    output.mkdir(parents=True, exist_ok=True)
-    if dist.get_rank() == 0:
-        for note in notes:
-            print(note, flush=True)
+    notes = describe_oddities(queries, corpus, qrels, args.skip_identical_ids)
+    for note in notes:
+        say(f"{data}: {note}")
     run = retrieve(args, encoder, queries, corpus, qrels, output)
     per_query = {name: measure(grades, run.get(name, {})) for name, grades in qrels.items()}
     result = {
@@ -564,7 +472,7 @@ def evaluate(args, encoder: Encoder, data: Path, output: Path) -> dict:
         "queries": len(qrels),
         "notes": notes,
         "mean": mean(per_query),
-        "settings": vars(args),
+        "settings": vars(args) | {"query_prompt": encoder.query_prompt},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "per_query": per_query,
     }
@@ -574,25 +482,25 @@ def evaluate(args, encoder: Encoder, data: Path, output: Path) -> dict:
     for query, found in run.items():
         for rank, (name, score) in enumerate(found.items(), 1):
             lines.append(f"{query} Q0 {name} {rank} {score:.9g} llara\n")
-    write_aside(output / "run.trec", "".join(lines).encode())
-    write_aside(output / "metrics.json", json.dumps(result, indent=1, default=str).encode())
+    write_aside(output / "run.trec", "".join(lines))
+    write_aside(output / "metrics.json", json.dumps(result, indent=1, default=str))
     if args.pairs:
         pairs = mine_pairs(args, queries, corpus, qrels, run)
-        write_aside(args.pairs, "".join(json.dumps(pair) + "\n" for pair in pairs).encode())
+        write_aside(args.pairs, "".join(json.dumps(pair) + "\n" for pair in pairs))
         negatives = sum(len(pair["neg"]) for pair in pairs) / max(1, len(pairs))
-        print(f"{args.pairs}: {len(pairs)} rows with {negatives:.1f} negatives each")
+        say(f"{args.pairs}: {len(pairs)} rows with {negatives:.1f} negatives each")
     return result
 
 
 def print_table(results: dict[str, dict]) -> None:
     average = mean({name: result["mean"] for name, result in results.items()})
-    print(f"{'':24}" + "".join(f"{name:>12}" for name in ("documents", "queries", *average)))
+    say(f"{'':24}" + "".join(f"{name:>12}" for name in ("documents", "queries", *average)))
     for name, result in results.items():
         values = "".join(f"{value:12.4f}" for value in result["mean"].values())
-        print(f"{name:24}{result['documents']:12}{result['queries']:12}{values}")
+        say(f"{name:24}{result['documents']:12}{result['queries']:12}{values}")
     if len(results) > 1:
         values = "".join(f"{value:12.4f}" for value in average.values())
-        print(f"{'average':24}{'':12}{'':12}{values}")
+        say(f"{'average':24}{'':12}{'':12}{values}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -602,22 +510,23 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="out", help="folder or hub name; default: out")
     add("--data", nargs="+", type=Path, help="folders in BEIR layout; default: Python's docstrings")
-    add("--split", default="test", help="which qrels; default: test")
+    add("--split", default="test", help="which qrels; grades above 0 are relevant; default: test")
     add("--output", type=Path, help="results go to OUTPUT/FOLDER-SPLIT/; default: MODEL/eval")
     # What is embedded, and how.
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA")
     add(
         "--query-prompt",
         choices=["next", "self"],
-        default="next",
-        help="self for a model that was adapted but not fine-tuned; default: next",
+        help="default: what the model's run.json says; without one, next",
     )
-    add("--query-length", type=int, default=64, help="tokens, with the prompt; default: 64")
-    add("--passage-length", type=int, default=160, help="tokens, with the prompt; default: 160")
-    add("--batch-size", type=int, default=32, help="texts at a time; default: 32")
+    add("--query-length", type=positive, default=64, help="tokens, with the prompt; default: 64")
+    add(
+        "--passage-length", type=positive, default=160, help="tokens, with the prompt; default: 160"
+    )
+    add("--batch-size", type=positive, default=32, help="texts at a time; default: 32")
     add("--keep-embeddings", action="store_true", help="do not remove them at the end")
     # What is searched.
-    add("--top-k", type=int, default=1000, help="documents a query; default: 1000")
+    add("--top-k", type=positive, default=1000, help="documents a query; default: 1000")
     add(
         "--skip-identical-ids",
         action="store_true",
@@ -639,23 +548,20 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_arguments(args) -> None:
+    """BadInput for what would be found only after hours, or would be silently wrong."""
     first, last = args.ranks
     if not 1 <= first <= last:
         raise BadInput(f"--ranks {first} {last}: two ranks, the first at least 1")
-    smallest = {"top_k": 1, "batch_size": 1, "query_length": 1, "passage_length": 1}
-    for flag, least in (smallest | {"negatives": 0, "seed": 0}).items():
-        if getattr(args, flag) < least:
-            raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {least} at least")
     names = [data.resolve().name for data in args.data or ()]
     if len(set(names)) < len(names):
         raise BadInput("--data: two folders of one name: their results would overwrite each other")
-    if args.pairs and len(names) != 1:
+    if not args.pairs:
+        return
+    if len(names) != 1:
         raise BadInput("--pairs needs --data, one collection")
-    if args.pairs and args.pairs.exists():
-        raise BadInput(f"--pairs {args.pairs}: exists, and is not overwritten")
-    if args.pairs and not args.pairs.parent.is_dir():
-        raise BadInput(f"--pairs {args.pairs}: {args.pairs.parent} is no folder")
-    if args.pairs and last > args.top_k:
+    if args.pairs.exists() or not args.pairs.parent.is_dir():
+        raise BadInput(f"--pairs {args.pairs}: exists already, or is in no folder")
+    if last > args.top_k:
         raise BadInput(f"--ranks {first} {last}: --top-k {args.top_k} does not reach so far")
 
 
@@ -678,15 +584,12 @@ def main() -> None:
         collections = args.data or [output / "python"]
         if not args.data and dist.get_rank() == 0:
             write_python_collection(collections[0])
-        if args.query_prompt == "next" and is_only_adapted(args.model) and dist.get_rank() == 0:
-            print(f"{args.model} is not fine-tuned: queries do better with --query-prompt self")
         dist.barrier()
         results = {}
         for data in collections:
             name = f"{data.resolve().name}-{args.split}"
             results[name] = evaluate(args, encoder, data, output / name)
-        if dist.get_rank() == 0:
-            print_table(results)
+        print_table(results)
 
 
 if __name__ == "__main__":
