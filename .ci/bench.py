@@ -1,53 +1,50 @@
 # SPDX-License-Identifier: MIT
 """How fast llara is, as ratios to what it cannot be faster than: one table in a few minutes.
 
-python .ci/bench.py          # needs nothing but llara's own packages
-python .ci/bench.py search   # some rows alone: step, encode, search, data, dtype, start, gpu
+python .ci/bench.py        # on the CPU: step, encode, search, data
+python .ci/bench.py gpu    # on a GPU: the shapes of the README's table "how long", in five minutes
 
 What is compared runs in turns in one process, and the least time of each counts: other work on the
-machine can only add to it. Where they are installed, sentence-transformers and faiss stand beside.
+machine can only add to it. faiss stands beside where it is installed.
 """
 
 import importlib.util
 import json
 import multiprocessing
-import os
 import re
-import resource
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
 
 import eval as evaluation
 import llara
 
-VOCABULARY = 32016
-LENGTHS = [100, 159, 218, 277, 335, 394, 453, 512]  # of eight passages
+V = 32016
 PROMPTS = llara.Prompts(
     [1, 5], [*range(60, 71), *range(100, 108)], [*range(71, 81), *range(108, 116)], 8
 )
 WEIGHTS = (1.0, 0.5, 0.5)
-CPU = torch.device("cpu")
+SHAPES = {  # width, inner width, layers, heads, heads of keys; sequences, shortest, longest passage
+    "reference": ((384, 1024, 6, 6, 6), (8, 100, 512)),
+    "135M": ((576, 1536, 30, 9, 3), (64, 80, 115)),
+    "1.1B": ((2048, 5632, 22, 32, 4), (8, 300, 985)),
+    "7B, 4 layers": ((4096, 11008, 4, 32, 32), (8, 300, 985)),
+    "7B, 8 layers": ((4096, 11008, 8, 32, 32), (8, 300, 985)),
+}
 
 
 def report(what: str, value: str) -> None:
     print(f"{what:78} {value}", flush=True)
-
-
-def installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def in_turns(*functions: Callable, turns: int = 5) -> list[float]:
@@ -64,70 +61,58 @@ def in_turns(*functions: Callable, turns: int = 5) -> list[float]:
     return least
 
 
-def resident_mb() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-
-def peak_mb() -> float:
-    """Of this process. getrusage would give the parent's, if that was larger when it forked."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 2**10
-
-
-def in_new_process(function: Callable, *args):
-    """Its memory is then nothing but its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
-
-
-# ---- a step of adaptation ------------------------------------------------------------------------
-
-
-def reference_model(checkpointing: bool = False) -> llara.Llara:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=6,
+def config_of(name: str) -> LlamaConfig:
+    (width, inner, layers, heads, key_heads), _ = SHAPES[name]
+    return LlamaConfig(
+        vocab_size=V,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
         tie_word_embeddings=False,
-        attn_implementation="sdpa",
     )
-    lm = LlamaForCausalLM(config)
+
+
+def make_model(name: str, device, checkpointing: bool = False) -> llara.Llara:
+    torch.manual_seed(0)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    with device:
+        lm = LlamaForCausalLM._from_config(config_of(name), attn_implementation="sdpa", dtype=dtype)
     if checkpointing:
-        llara.enable_checkpointing(lm)
+        lm.activation_checkpointing_enable({"use_reentrant": False})
     return llara.Llara(lm, PROMPTS).train()
 
 
-def reference_examples() -> list[llara.Example]:
+def make_examples(name: str) -> list[llara.Example]:
     random = np.random.default_rng(0)
     examples = []
-    for length in LENGTHS:
-        passage = random.integers(200, VOCABULARY, length).tolist()
+    for length in np.linspace(*SHAPES[name][1][1:], SHAPES[name][1][0]).astype(int):
+        passage = random.integers(200, V, length).tolist()
         examples.append((passage, sorted(set(passage[:150])), sorted(set(passage[-150:]))))
     return examples
 
 
-def ours(model: llara.Llara, micro_batches: list[list[llara.Example]]) -> None:
+def ours(model: llara.Llara, micro_batches: list[list[llara.Example]], device) -> None:
     model.zero_grad()
-    llara.adaptation_step(model, micro_batches, WEIGHTS, CPU)
+    llara.adaptation_step(model, micro_batches, WEIGHTS, device)
 
 
-def floor(model: llara.Llara, examples: list[llara.Example]) -> None:
-    """The body forward and backward on the same batch, and three head products for its passages."""
+def floor(model: llara.Llara, examples: list[llara.Example], device, masked: bool) -> None:
+    """The body forward and backward on the same batch, and three head products for its passages.
+
+    masked: with our mask; else with the kernel for causal attention, which no mask allows.
+    """
     model.zero_grad()
-    batch = llara.collate(examples, PROMPTS)
-    mask, positions = llara.joint_mask(
-        batch["self_start"], len(PROMPTS.SELF), batch["input_ids"].shape[1]
-    )
-    hidden = model.lm.model(
-        input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False
-    ).last_hidden_state  # (B, L, d)
+    batch = {key: value.to(device) for key, value in llara.collate(examples, PROMPTS).items()}
+    ids = batch["input_ids"]  # (B, L)
+    mask, positions = llara.joint_mask(batch["self_start"], len(PROMPTS.SELF), ids.shape[1])
+    inputs = {"attention_mask": mask, "position_ids": positions} if masked else {}
+    hidden = model.lm.model(input_ids=ids, use_cache=False, **inputs).last_hidden_state  # (B, L, d)
     hidden.sum().backward()
     with torch.no_grad():
         weight = model.lm.lm_head.weight  # (V, d)
-        states = hidden.flatten(0, 1)[: sum(LENGTHS)]  # (N, d)
+        states = hidden.flatten(0, 1)[: int(batch["counts"][0])]  # (N, d)
         for start in range(0, len(states), 512):
             part = states[start : start + 512]  # (c, d)
             logits = part @ weight.T  # (c, V)
@@ -135,133 +120,93 @@ def floor(model: llara.Llara, examples: list[llara.Example]) -> None:
             logits.T @ part
 
 
-def memory_of(step: Callable, checkpointing: bool, batch) -> float:
-    """MB at the peak of a step, gradients included, above the process that holds the model."""
+def memory_of(is_ours: bool, checkpointing: bool) -> float:
+    """MB at the peak of a step on the CPU, above a process that holds the model."""
+
+    def status(key: str) -> float:
+        text = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{key}:\s+(\d+) kB", text).group(1)) / 2**10
+
     torch.set_num_threads(1)
-    model = reference_model(checkpointing)
+    device = torch.device("cpu")
+    model, examples = make_model("reference", device, checkpointing), make_examples("reference")
     with llara.process_group():
-        before = resident_mb()
-        step(model, batch)
-        return peak_mb() - before
+        before = status("VmRSS")
+        if is_ours:
+            ours(model, [examples], device)
+        else:
+            floor(model, examples, device, masked=True)
+        return status("VmHWM") - before
 
 
-def bench_step() -> None:
-    examples = reference_examples()
-    pairs = [examples[i : i + 2] for i in range(0, len(examples), 2)]
+def bench_step(name: str, device) -> None:
+    examples = make_examples(name)
+    n_tokens = sum(len(passage) + 39 for passage, *_ in examples)
     for checkpointing in (False, True):
-        model = reference_model(checkpointing)
-        one, four, least = in_turns(
-            lambda model=model: ours(model, [examples]),
-            lambda model=model: ours(model, pairs),
-            lambda model=model: floor(model, examples),
+        model = make_model(name, device, checkpointing)
+        one, masked, causal = in_turns(
+            lambda model=model: ours(model, [examples], device),
+            lambda model=model: floor(model, examples, device, True),
+            lambda model=model: floor(model, examples, device, False),
         )
-        name = "adaptation step" + (", checkpointing" if checkpointing else "")
-        report(f"{name}: same batch / floor", f"{one / least:.2f} ({one:.2f} s)")
-        report(f"{name}: micro-batches of like lengths / floor", f"{four / least:.2f}")
-        whole = in_new_process(memory_of, ours, checkpointing, [examples])
-        parts = in_new_process(memory_of, ours, checkpointing, pairs)
-        bare = in_new_process(memory_of, floor, checkpointing, examples)
-        report(f"{name}: MB above the model, same batch / floor", f"{whole:.0f} / {bare:.0f}")
-        report(f"{name}: MB above the model, micro-batches of two", f"{parts:.0f}")
+        label = f"step, {name}{', checkpointing' if checkpointing else ''}"
+        report(f"{label} / floor with the mask, causal", f"{one / masked:.2f}, {one / causal:.2f}")
+        report(f"{label}: seconds, tokens/s", f"{one:.3f}, {n_tokens / one:.0f}")
+        if device.type == "cuda":
+            report(f"{label}: GiB", f"{torch.cuda.max_memory_allocated() / 2**30:.1f}")
+            torch.cuda.reset_peak_memory_stats()
+            continue
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            pairs = [(True, checkpointing), (False, checkpointing)]
+            peaks = [pool.apply(memory_of, pair) for pair in pairs]
+        report(f"{label}: MB above the model / the floor's", "{:.0f} / {:.0f}".format(*peaks))
 
 
-# ---- encoding ------------------------------------------------------------------------------------
-
-
-def texts_of_python(n: int) -> list[str]:
-    """Of 5 to 200 words each."""
+def bench_encode(name: str, device) -> None:
     words = " ".join(topics.values()).split()
     random = np.random.default_rng(0)
-    starts = random.integers(0, len(words) - 200, n)
-    return [" ".join(words[start : start + random.integers(5, 200)]) for start in starts]
-
-
-def save_reference(folder: Path) -> AutoTokenizer:
-    """A folder with the reference model, and a tokenizer of Python's documentation."""
-    llara.make_small_model(topics.values(), folder, VOCABULARY)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    lm = reference_model().lm
-    llara.save(lm, tokenizer, folder)
-    return tokenizer
-
-
-def bench_encode() -> None:
+    starts = random.integers(0, len(words) - 200, 256)
+    texts = [" ".join(words[start : start + random.integers(5, 200)]) for start in starts]
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = save_reference(Path(folder))
-        model = reference_model().lm.eval()
-        texts = texts_of_python(256)
-        prompts = llara.make_prompts(tokenizer)
-        ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
-        rows = sorted((prompts.around(row, "self", 512) for row in ids), key=len, reverse=True)
-        batches = [llara.pad(rows[i : i + 32]) for i in range(0, len(rows), 32)]
-        one = llara.pad([prompts.around(ids[0][:12], "next", 64)])
-        query = tokenizer.decode(ids[0][:12])
+        llara.make_small_model(topics.values(), Path(folder), V)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = make_model(name, device).lm.eval()
+    prompts = llara.make_prompts(tokenizer)
+    rows = [prompts.around(ids, "self", 512) for ids in llara.tokenize(tokenizer, texts)]
+    rows.sort(key=len, reverse=True)
+    batches = [llara.pad(rows[i : i + 32]).to(device) for i in range(0, len(rows), 32)]
 
-        @torch.inference_mode()
-        def bare(batches):
-            for batch in batches:
-                model.model(input_ids=batch, use_cache=False)
+    @torch.inference_mode()
+    def bare():
+        for batch in batches:
+            model.model(input_ids=batch, use_cache=False)
 
-        functions = [
-            lambda: llara.encode(model, tokenizer, texts),
-            lambda: bare(batches),
-        ]
-        if installed("sentence_transformers"):
-            from sentence_transformers import SentenceTransformer
-
-            theirs = SentenceTransformer(modules=[llara.Sentences(folder)], device="cpu")
-            functions.append(lambda: theirs.encode_document(texts))
-        encoded, forward, *others = in_turns(*functions, turns=3)
-        report("encode, 256 texts of 5 to 200 words / bare forward", f"{encoded / forward:.2f}")
-        for seconds in others:
-            report("sentence-transformers / encode, same texts", f"{seconds / encoded:.2f}")
-        encoded, forward = in_turns(
-            lambda: llara.encode(model, tokenizer, query, "next", 64),
-            lambda: bare([one]),
-            turns=50,
-        )
-        report("encode, one query / bare forward", f"{encoded / forward:.2f}")
+    encoded, forward = in_turns(lambda: llara.encode(model, tokenizer, texts), bare, turns=3)
+    report(
+        f"encode, {name}, 256 texts of 5 to 200 words / bare forward", f"{encoded / forward:.2f}"
+    )
 
 
-# ---- search --------------------------------------------------------------------------------------
-
-
-def bench_search() -> None:
-    for width in (384, 1024):
-        for k in (100, 1000):
-            compare_search(200_000, width, k)
-
-
-def compare_search(n: int, width: int, k: int) -> None:
+def bench_search(n: int, width: int, device) -> None:
     random = np.random.default_rng(0)
     passages = random.standard_normal((n, width), dtype=np.float32)
     queries = torch.from_numpy(random.standard_normal((1000, width), dtype=np.float32))
     size = evaluation.BLOCK * evaluation.CHUNK
-    blocks = [
-        (passages[start : start + size], np.arange(start, min(n, start + size)))
-        for start in range(0, n, size)
-    ]
+    blocks = [(passages[i : i + size], np.arange(i, min(n, i + size))) for i in range(0, n, size)]
+    for k in (100, 1000):
+        functions = [lambda k=k: evaluation.search(queries.to(device), blocks, k)]
+        if device.type == "cpu" and importlib.util.find_spec("faiss"):
+            import faiss
 
-    def multiply():
-        for embeddings, _ in blocks:
-            queries @ torch.from_numpy(embeddings).T
-
-    functions = [lambda: evaluation.search(queries, blocks, k), multiply]
-    if installed("faiss"):
-        import faiss
-
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        index = faiss.IndexFlatIP(width)
-        index.add(passages)
-        functions.append(lambda: index.search(queries.numpy(), k))
-    searched, multiplied, *others = in_turns(*functions, turns=3)
-    name = f"search, {n:,} x {width}, 1,000 queries, top {k}"
-    report(f"{name} / bare product", f"{searched / multiplied:.2f}")
-    for seconds in others:
-        report(f"{name} / faiss IndexFlatIP", f"{searched / seconds:.2f}")
-
-
-# ---- data ----------------------------------------------------------------------------------------
+            faiss.omp_set_num_threads(torch.get_num_threads())
+            index = faiss.IndexFlatIP(width)
+            index.add(passages)
+            functions.append(lambda k=k, index=index: index.search(queries.numpy(), k))
+        seconds, *others = in_turns(*functions, turns=2)
+        label = f"search, {n:,} x {width}, 1,000 queries, top {k}"
+        report(f"{label}: seconds", f"{seconds:.2f}")
+        for other in others:
+            report(f"{label} / faiss IndexFlatIP", f"{seconds / other:.2f}")
 
 
 def write_articles(path: Path, size: int) -> None:
@@ -275,152 +220,64 @@ def write_articles(path: Path, size: int) -> None:
             written += file.write(json.dumps(row) + "\n")
 
 
-def open_articles(path: Path, folder: str) -> llara.Adaptation:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    args = SimpleNamespace(max_length=512, batch_size=32, micro_batch_size=8, seed=0)
-    return llara.Adaptation(llara.Rows([path]), tokenizer, llara.make_prompts(tokenizer), args)
-
-
-class TimedTokenizer:
-    """The tokenizer, and the seconds spent in it."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.seconds = 0.0
-
-    def __call__(self, *args, **kwargs):
-        start = time.perf_counter()
-        encoded = self.tokenizer(*args, **kwargs)
-        self.seconds += time.perf_counter() - start
-        return encoded
-
-
 def bench_data() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        save_reference(Path(folder))
-        path = Path(folder, "articles.jsonl")
-        write_articles(path, 20_000_000)
-        dataset = open_articles(path, folder)
-        timed = TimedTokenizer(dataset.tokenizer)
-        dataset.tokenizer = timed
-        dataset[0]
-        timed.seconds = 0.0
-        start = time.perf_counter()
-        for step in range(1, 21):
-            dataset[step]
-        seconds = time.perf_counter() - start
-        report("data: examples of 512 tokens a second, one worker", f"{20 * 32 / seconds:.0f}")
-        report(
-            "data: share of its time outside the tokenizer", f"{1 - timed.seconds / seconds:.0%}"
-        )
-
-
-def startup(path: Path, folder: str) -> tuple[float, float]:
-    """Seconds, and MB above the process that has imported all."""
-    AutoTokenizer.from_pretrained(folder)
-    before = resident_mb()
-    start = time.perf_counter()
-    open_articles(path, folder)
-    return time.perf_counter() - start, peak_mb() - before
-
-
-def bench_start() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        save_reference(Path(folder))
+        llara.make_small_model(topics.values(), Path(folder), V)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         path = Path(folder, "articles.jsonl")
         write_articles(path, 2**30)
-        seconds, memory = in_new_process(startup, path, folder)
-        report("start-up on 1 GiB of articles", f"{seconds:.1f} s, {memory:.0f} MB")
+        start = time.perf_counter()
+        prompts, batches = llara.make_prompts(tokenizer), llara.Batches(32, 8)
+        data = llara.Adaptation(llara.Rows([path]), tokenizer, prompts, batches, 512)
+        report("start-up on 1 GiB of articles: seconds", f"{time.perf_counter() - start:.1f}")
+        data[0]
+        start = time.perf_counter()
+        for step in range(1, 21):
+            data[step]
+        seconds = time.perf_counter() - start
+        report("data: examples of 512 tokens a second, one worker", f"{20 * 32 / seconds:.0f}")
 
 
-# ---- number formats ------------------------------------------------------------------------------
-
-
-def bench_dtype() -> None:
-    examples = reference_examples()
-    single, half = reference_model(), reference_model().to(torch.bfloat16)
-    seconds = in_turns(
-        lambda: ours(single, [examples]),
-        lambda: ours(half, [examples]),
-        turns=3,
-    )
-    report("adaptation step: float32 / bfloat16 on this CPU", f"{seconds[0] / seconds[1]:.2f}")
-
-
-# ---- on a GPU ------------------------------------------------------------------------------------
-
-
-def bench_gpu() -> None:
-    """A slice of LLaMA-2-7B: 4 of its 32 layers, 1,024 tokens, checkpointing, bfloat16."""
-    device = llara.pick_device()
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=4,
-        num_attention_heads=32,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-        dtype=torch.bfloat16,
-    )
-    with device:
-        lm = LlamaForCausalLM(config).to(torch.bfloat16)
-    llara.enable_checkpointing(lm)
-    model = llara.Llara(lm, PROMPTS).train()
-    n_weights = llara.count_weights_per_token(lm, "adapt")
-    room = 1024 - len(PROMPTS.prefix) - len(PROMPTS.SELF) - len(PROMPTS.NEXT)
-    passage = np.random.default_rng(0).integers(200, VOCABULARY, room).tolist()
-    example = (passage, sorted(set(passage)), sorted(set(passage)))
-    size = 1
-    while True:
-        micro_batch = [example] * size
-
-        def step(micro_batch=micro_batch):
-            model.zero_grad()
-            llara.adaptation_step(model, [micro_batch], WEIGHTS, device)
-
-        try:
-            (seconds,) = in_turns(step, turns=3)
-        except torch.OutOfMemoryError:
-            report("7B slice: largest micro-batch of 1,024 tokens", f"{size // 2}")
-            return
-        tokens = size * 1024
-        attention = config.num_hidden_layers * config.hidden_size * size * 1024**2
-        flops = 6 * (n_weights * tokens + attention) / seconds
-        name = torch.cuda.get_device_name()
-        peaks = [peak for card, peak in llara.PEAK_FLOPS.items() if card in name]
-        mfu = f", MFU {flops / peaks[0]:.0%}" if peaks else ""
-        memory = torch.cuda.max_memory_allocated() / 2**30
-        report(
-            f"7B slice on {name}, micro-batch {size}",
-            f"{tokens / seconds:.0f} tokens/s{mfu}, {memory:.1f} GiB",
+def bench_train(name: str) -> None:
+    """Through all of `train`, by its own log: the median of the later steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        llara.make_small_model(topics.values(), Path(folder, "base"), V)
+        LlamaForCausalLM(config_of(name)).to(torch.bfloat16).save_pretrained(Path(folder, "base"))
+        write_articles(Path(folder, "articles.jsonl"), 20_000_000)
+        longest = "160" if name == "135M" else "1024"
+        flags = ["--max-length", longest, "--steps", "12", "--gradient-checkpointing"]
+        subprocess.run(
+            [sys.executable, llara.__file__, "--data", "articles.jsonl", "--model", "base", *flags],
+            cwd=folder,
+            check=True,
+            stdout=subprocess.DEVNULL,
         )
-        size *= 2
-
-
-BENCHES = {
-    "step": bench_step,
-    "encode": bench_encode,
-    "search": bench_search,
-    "data": bench_data,
-    "dtype": bench_dtype,
-    "start": bench_start,
-}
-if torch.cuda.is_available():
-    BENCHES["gpu"] = bench_gpu
+        log = Path(folder, "out", "log.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in log[4:]]
+    for key in ("tokens/s", "MFU", "GiB"):
+        if key in rows[0]:
+            report(f"train, {name}: {key}", f"{np.median([row[key] for row in rows]):.3f}")
 
 
 def main() -> None:
-    unknown = set(sys.argv[1:]) - BENCHES.keys()
-    if unknown:
-        sys.exit(f"no such rows: {sorted(unknown)}; there are {list(BENCHES)}")
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    report("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    gpu = sys.argv[1:] == ["gpu"]
     with llara.process_group():
-        for name, bench in BENCHES.items():
-            if name in (sys.argv[1:] or BENCHES):
-                bench()
+        device = llara.pick_device() if gpu else torch.device("cpu")
+        card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        report(f"torch {torch.__version__}", f"{card}, {torch.get_num_threads()} threads")
+        # Without a GPU, `gpu` is a dry run with the reference shape alone.
+        shapes = list(SHAPES)[1:] if device.type == "cuda" else ["reference"]
+        for name in shapes:
+            bench_step(name, device)
+        bench_encode(shapes[0], device)
+        if gpu:
+            bench_search(1_000_000 if device.type == "cuda" else 50_000, 1024, device)
+            for name in shapes[:2]:
+                bench_train(name)
+        else:
+            bench_search(200_000, 384, device)
+            bench_search(200_000, 1024, device)
+            bench_data()
 
 
 if __name__ == "__main__":
