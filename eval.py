@@ -175,7 +175,7 @@ class Encoder(NamedTuple):
 
     model: torch.nn.Module
     tokenizer: object
-    digest: str  # of all that shapes an embedding
+    digest: str  # of all that shapes the embedding of a passage
     query_prompt: str
     query_length: int
     passage_length: int
@@ -190,7 +190,7 @@ def load_encoder(args, device: torch.device) -> Encoder:
     """BadInput if --model is no LLaRA model, or if texts of these lengths are beyond it."""
     dtype = choose_dtype(args.dtype, device)
     model, tokenizer = read_model(transformers.AutoModel, args.model, dtype)
-    try:
+    try:  # fails if the special tokens are missing, or if a prompt alone is too long
         prompts = make_prompts(tokenizer)  # token ids: a text is prefix + text + SELF or NEXT
         for length in (args.query_length, args.passage_length):
             prompts.around([], "self", length)
@@ -275,15 +275,9 @@ def corpus_blocks(
 
 def embed_queries(encoder: Encoder, queries: Texts, rows: np.ndarray) -> Tensor:
     """The embeddings of rows (q,) of the queries: (q, d) float32, on every rank the same."""
-    vectors = []
-    for positions in cut_into_chunks(queries.lines.lengths[rows]):
-        texts = [queries.text(row) for row in rows[positions]]
-        vectors.append(encoder.embed(texts, encoder.query_prompt, encoder.query_length))
-    order = np.concatenate(cut_into_chunks(queries.lines.lengths[rows]))  # (q,)
-    sorted_vectors = np.concatenate(vectors)  # (q, d)
-    embeddings = np.empty_like(sorted_vectors)  # (q, d)
-    embeddings[order] = sorted_vectors
-    return torch.from_numpy(embeddings)
+    texts = [queries.text(row) for row in rows]
+    vectors = encoder.embed(texts, encoder.query_prompt, encoder.query_length)  # (q, d)
+    return torch.from_numpy(vectors)
 
 
 # ---- search --------------------------------------------------------------------------------------
@@ -396,7 +390,7 @@ def mine_pairs(args, queries: Texts, corpus: Texts, qrels: Qrels, run: Run) -> l
         random = np.random.default_rng([args.seed, number])
         neg: list[str] = []
         for i in random.permutation(len(names)):
-            if len(neg) == args.negatives:
+            if len(neg) >= args.negatives:
                 break
             negative = corpus.text(corpus.row_of[names[i]])
             if negative and negative not in [text, *pos, *neg]:
@@ -426,9 +420,9 @@ def describe_oddities(queries: Texts, corpus: Texts, qrels: Qrels, skipped: bool
 
 
 def retrieve(
-    args, encoder: Encoder, queries: Texts, corpus: Texts, qrels: Qrels, output: Path
+    args, encoder: Encoder, queries: Texts, corpus: Texts, qrels: Qrels, folder: Path
 ) -> Run:
-    """The --top-k documents of each judged query. Embeddings lie in `output` until the end."""
+    """The --top-k documents of each judged query. Embeddings of the corpus lie in `folder`."""
     judged = [row for row, name in enumerate(queries.ids) if name in qrels]  # q of them
     if not judged:
         raise BadInput(
@@ -436,8 +430,6 @@ def retrieve(
             "are they of another collection?"
         )
     vectors = embed_queries(encoder, queries, np.array(judged))  # (q, d)
-    name = hashlib.sha256(f"{encoder.digest}{corpus.digest}".encode()).hexdigest()[:32]
-    folder = output / f"embeddings-{name}"
     blocks = corpus_blocks(encoder, corpus, folder)
     # A query that finds itself loses that one, and should still have --top-k.
     k = args.top_k + 1 if args.skip_identical_ids else args.top_k
@@ -451,9 +443,6 @@ def retrieve(
             found.pop(query, None)
         # Sorted again: `search` leaves equal scores in any order, trec_eval does not.
         run[query] = {name: found[name] for name in rank_documents(found)[: args.top_k]}
-    dist.barrier()
-    if not args.keep_embeddings and dist.get_rank() == 0:
-        shutil.rmtree(folder)
     return run
 
 
@@ -465,7 +454,9 @@ def evaluate(args, encoder: Encoder, data: Path, output: Path) -> dict:
     notes = describe_oddities(queries, corpus, qrels, args.skip_identical_ids)
     for note in notes:
         say(f"{data}: {note}")
-    run = retrieve(args, encoder, queries, corpus, qrels, output)
+    name = hashlib.sha256(f"{encoder.digest}{corpus.digest}".encode()).hexdigest()[:32]
+    folder = output / f"embeddings-{name}"
+    run = retrieve(args, encoder, queries, corpus, qrels, folder)
     per_query = {name: measure(grades, run.get(name, {})) for name, grades in qrels.items()}
     result = {
         "documents": len(corpus.ids),
@@ -489,6 +480,8 @@ def evaluate(args, encoder: Encoder, data: Path, output: Path) -> dict:
         write_aside(args.pairs, "".join(json.dumps(pair) + "\n" for pair in pairs))
         negatives = sum(len(pair["neg"]) for pair in pairs) / max(1, len(pairs))
         say(f"{args.pairs}: {len(pairs)} rows with {negatives:.1f} negatives each")
+    if not args.keep_embeddings:
+        shutil.rmtree(folder)  # of all ranks: none is still reading, as all have given their best
     return result
 
 
