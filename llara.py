@@ -523,12 +523,8 @@ def read_model(kind, name: str | Path, dtype="auto") -> tuple[nn.Module, Any]:
     if getattr(model.config, "quantization_config", None):
         raise BadInput(f"{name}: quantised: take the full-precision checkpoint")
     n_rows = model.get_input_embeddings().num_embeddings
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= n_rows:
-        raise BadInput(
-            f"{name}: {token!r} has the id {largest}, but the model has {n_rows} embeddings: "
-            "its tokenizer is another model's"
-        )
+    if max(tokenizer.get_vocab().values()) >= n_rows:
+        raise BadInput(f"{name}: its tokenizer has ids beyond the model's {n_rows} embeddings")
     return model, tokenizer
 
 
@@ -917,18 +913,15 @@ class Adaptation(torch.utils.data.Dataset):
             n_tokens = rows.lengths * tokens_per_byte(rows, tokenizer)  # (n,), estimated
             per_row = np.ceil(n_tokens / (0.9 * self.room)).astype(np.int64) - 1
         self.per_row = per_row.clip(min=0)  # (n,) examples
+        n_short = int((self.per_row == 0).sum())
+        self.left_out = f", {n_short:,} rows too short for two passages" if n_short else ""
         self.ends = np.cumsum(self.per_row)  # (n,) examples up to and including each row
         self.n_examples = int(self.ends[-1])
         if self.n_examples == 0:
             raise BadInput(
-                f"{', '.join(map(str, rows.paths))}: no text is longer than a passage of "
-                f"{self.room} tokens, so none has a following one; lower --max-length"
+                f"{rows.paths[0]} ..: no text is longer than a passage of {self.room} tokens, so "
+                "none has a following one; lower --max-length"
             )
-
-    def describe(self) -> str:
-        n_short = int((self.per_row == 0).sum())
-        short = f" ({n_short:,} rows too short for two passages, left out)" if n_short else ""
-        return f"{self.n_examples:,} examples{short}"
 
     def read_texts(self, number: int) -> tuple[str, ...]:
         """Of an example: the passage, then whose words the tasks ask for, ordered as BAG_TASKS."""
@@ -1025,12 +1018,10 @@ class FineTuning(torch.utils.data.Dataset):
         self.query_prompt = query_prompt
         self.group_size = group_size
         self.n_examples = len(rows)
+        self.left_out = ""
         shortest = len(prompts.prefix) + 1 + max(len(prompts.SELF), len(prompts.NEXT))
         if min(query_length, passage_length) < shortest:
             raise BadInput(f"--query-length and --passage-length: {shortest} tokens at least")
-
-    def describe(self) -> str:
-        return f"{self.n_examples:,} pairs"
 
     def draw(self, step: int) -> tuple[list[str], list[str], np.ndarray]:
         """-> Q queries, P passages, excluded (Q, P): what answers a query is not its negative."""
@@ -1189,7 +1180,7 @@ def say(text: str) -> None:
         try:
             print(text, flush=True)
         except OSError:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the run)
+            sys.stdout = None  # print then does nothing
 
 
 @contextlib.contextmanager
@@ -1211,10 +1202,12 @@ def process_group() -> Iterator[None]:
     several = dist.get_world_size() > 1
     try:
         yield
-    except (BadInput, OSError, FloatingPointError) as error:
+    except (BadInput, OSError, FloatingPointError, torch._dynamo.exc.TorchDynamoException) as error:
+        # The last one: --compile without a compiler on the machine.
         script = Path(sys.argv[0]).name
         rank = f" (rank {dist.get_rank()})" if several else ""
-        print(f"{script}{rank}: {error}", file=sys.stderr, flush=True)
+        sentence = " ".join(str(error).split())[:600]
+        print(f"{script}{rank}: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
         # After an error the other ranks may be in the middle of a step, and to leave the group
@@ -1226,8 +1219,8 @@ def process_group() -> Iterator[None]:
         # The work is done, and the interpreter is left here. Its own way out destroys threads of
         # gloo, which aborts some two processes in a hundred ("terminate called without an active
         # exception", PyTorch 2.13): torchrun would report a finished run as failed.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         os._exit(0)
 
 
@@ -1516,16 +1509,29 @@ def open_dataset(rows: Rows, tokenizer, prompts: Prompts, args):
 
 
 def prepare(args, output: Path) -> tuple[nn.Module, Any, Rows]:
-    """The language model, its tokenizer and the rows, after making the default ones if need be."""
+    """The language model, its tokenizer and the rows; the default ones are made the first time.
+
+    Aside, then renamed: a run that goes on finds them whole, and they may be in use.
+    """
     docs, base = output / "python-docs.jsonl", output / "base"
-    if not args.data:
-        on_rank_0(lambda: write_python_docs(docs))
-    rows = Rows(args.data or [docs])
-    if not args.model:
+
+    def make_docs() -> None:
+        aside = output / "python-docs.unfinished"
+        write_python_docs(aside)
+        aside.rename(docs)
+
+    def make_base() -> None:
         torch.manual_seed(args.seed)
         every = len(rows) // 2000 + 1
         texts = (read_article(rows, i)[:5000] for i in range(0, len(rows), every))
-        on_rank_0(lambda: make_small_model(texts, base))
+        make_small_model(texts, output / "unfinished")
+        (output / "unfinished").rename(base)
+
+    if not args.data:
+        on_rank_0(lambda: docs.exists() or make_docs())
+    rows = Rows(args.data or [docs])
+    if not args.model:
+        on_rank_0(lambda: base.exists() or make_base())
     lm, tokenizer = load(args.model or base)
     return lm, tokenizer, rows
 
@@ -1558,11 +1564,10 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
     device = pick_device()
     dtype = choose_dtype(args.dtype, device)
     args.dtype = str(dtype).removeprefix("torch.")
-    if args.micro_batch_size is None:
-        # Enough tokens for a GPU not to wait for its next order; a core of a CPU never waits.
-        longest = args.max_length or args.passage_length
-        on_cpu = 8 if args.stage == "adapt" else 32
-        args.micro_batch_size = on_cpu if device.type == "cpu" else max(1, 16_384 // longest)
+    # On a GPU enough tokens for it not to wait for its next order; a CPU never waits.
+    on_gpu = max(1, 16_384 // (args.max_length or args.passage_length))
+    on_cpu = 8 if args.stage == "adapt" else 32
+    args.micro_batch_size = args.micro_batch_size or (on_cpu if device.type == "cpu" else on_gpu)
 
     checkpoint = on_rank_0(lambda: find_checkpoint(output, args.resume))
 
@@ -1608,22 +1613,19 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
     shown_levels = " ".join(f"{name} {level:.3f}" for name, level in levels.items())
     say(
         f"model      {args.model or 'from scratch'}: {lm.num_parameters():,} parameters\n"
-        f"data       {len(rows):,} rows in {len(rows.paths)} files, {dataset.describe()}\n"
+        f"data       {len(rows):,} rows in {len(rows.paths)} files, "
+        f"{dataset.n_examples:,} examples{dataset.left_out}\n"
         f"run        {args.steps} steps of {args.batch_size} examples, {epochs:.2f} epochs"
         f"{': many' if epochs > 10 else ''}\n"
         f"device     {world} x {device.type}, computes in {args.dtype}\n"
         f"yardstick  losses of knowing only how frequent each answer is: {shown_levels}"
     )
-    if (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and not torch.cpu._is_avx512_bf16_supported()
-    ):
+    slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
+    if slow and dtype == torch.bfloat16:
         say("           this CPU has no bfloat16 arithmetic: --dtype float32 is far faster")
-    if args.resume and checkpoint:
-        say(f"goes on at step {first_step} of {checkpoint}")
-    elif args.resume:
-        say(f"no checkpoint in {output} yet: starts at step 0")
+    if args.resume:
+        goes_on = f"goes on at step {first_step} of {checkpoint}"
+        say(goes_on if checkpoint else f"no checkpoint in {output} yet: starts at step 0")
 
     # Ctrl-C, or a scheduler's SIGTERM: the step is finished and saved. A second one ends at once;
     # but torchrun passes on what the terminal has already sent, so only one that comes later.
@@ -1867,10 +1869,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--query-prompt: next or self")
     if args.explain and not args.model:
         parser.error("--explain needs --model")
-    if args.stage == "adapt" and not any(weights_of(args)):
-        parser.error("all weights are 0: there is nothing to learn")
-    if args.stage == "finetune" and not args.temperature > 0:
-        parser.error(f"--temperature {args.temperature}: must be above 0")
     return args
 
 

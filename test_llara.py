@@ -677,7 +677,7 @@ def edit_config(folder, **settings):
         ("Error", "bin"),
         ("its files lack", "lacking"),
         ("Error", "empty"),
-        ("has the id 99999", "tokenizer"),
+        ("its tokenizer has ids beyond", "tokenizer"),
     ],
 )
 def test_models_that_cannot_be_used(reason, damage, tmp_path):
