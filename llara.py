@@ -1618,7 +1618,7 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
         f"run        {args.steps} steps of {args.batch_size} examples, {epochs:.2f} epochs"
         f"{': many' if epochs > 10 else ''}\n"
         f"device     {world} x {device.type}, computes in {args.dtype}\n"
-        f"yardstick  losses of knowing only how frequent each answer is: {shown_levels}"
+        f"yardstick  losses without a look at the text: {shown_levels}"
     )
     slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
     if slow and dtype == torch.bfloat16:
