@@ -174,6 +174,8 @@ def test_one_pass_is_two(family, tied):
 
 # ---- the released code's numbers -----------------------------------------------------------------
 
+# From FlagEmbedding's research/LLARA at commit 7ed43d67 (class PreLlamaModel), transformers 4.41,
+# float32, with the ids of PROMPTS in place of Llama-2's, which stand there as numbers.
 GOLDEN_LOSSES = {  # name: the loss, and the norm of its gradient
     "AR": (5.132088661, 3.322822911),
     "0.1 EBAE": (0.487182558, 0.161732256),
