@@ -868,6 +868,7 @@ class Batches(NamedTuple):
     def count(self, n: int) -> int:
         """How many micro-batches each rank runs for n sequences.
 
+        As few rounds as fit the micro-batch, but no more than the poorest rank has sequences.
         The same number on every rank: under FSDP a forward is a meeting of all ranks (see `shard`).
         And none of them empty: a rank with n // world sequences can fill as many. 9 sequences on 8
         ranks, one at a time: ceil(9 / 8) = 2, capped to 1; one rank runs two at once.
@@ -1252,7 +1253,8 @@ def shard(
     Each rank holds a slice of every weight, of its gradient and of AdamW's moments. The weights of
     a decoder layer are gathered for its forward and again for its backward, and then dropped; its
     gradients are averaged over the ranks and sliced. These are meetings of all ranks, so all must
-    call equally often. Only `forward` and registered methods gather. What is in no layer stays in
+    call equally often. `fully_shard` moves what it slices to the device. Only `forward` and
+    registered methods gather. What is in no layer stays in
     the root's group: the embeddings and the head, which can be one and the same tensor.
 
     bfloat16 has the range of float32, so the loss needs no scaling.
@@ -1300,11 +1302,15 @@ def find_checkpoint(output: Path, resume: bool) -> Path | None:
     the folder holds        without --resume    with it
     nothing                 starts              starts
     a checkpoint            refused             goes on
-    log.jsonl alone         refused             starts anew; `unfinished` is written over
+    left-overs of a start   refused             starts anew; `unfinished` is written over
     what is no run of ours  refused             refused
     """
-    if output.exists() and any(output.iterdir()):
-        if not (resume and (output / "log.jsonl").exists()):
+    names = {path.name for path in output.iterdir()} if output.exists() else set()
+    if names:
+        # Killed while it made the default text and model, a run has no log yet.
+        first_files = {"python-docs.unfinished", "python-docs.jsonl", "unfinished", "base"}
+        is_ours = "log.jsonl" in names or names <= first_files
+        if not (resume and is_ours):
             raise BadInput(
                 f"--output {output}: is not empty, and nothing is overwritten: --resume goes on "
                 "with a run; else name another folder"
@@ -1356,7 +1362,7 @@ def adaptation_step(
 
     A mean of the micro-batches' means would weigh tokens and rows unequally. So each micro-batch
     divides its sums by the counts of the whole global batch: then losses and gradients add up, over
-    micro-batches and over ranks. FSDP takes the mean over ranks; `world` makes a sum of it.
+    micro-batches and over ranks. FSDP takes the mean over ranks; times `world` it is the sum.
     """
     world = dist.get_world_size()
     tasks = [task for task, weight in zip(TASKS, weights, strict=True) if weight != 0]

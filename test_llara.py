@@ -993,6 +993,14 @@ llara.main()
     assert_same_run(folder, unbroken, 0 if ranks == 1 else 2e-5)
 
 
+def test_killed_before_there_is_a_log():
+    """While the default text was written: --resume starts anew."""
+    Path("early").mkdir()
+    Path("early/python-docs.unfinished").write_text("cut off")
+    run("--output early --resume --steps 1 --batch-size 2 --workers 0")
+    assert Path("early/model.safetensors").exists()
+
+
 def test_killed_while_the_model_is_saved(unbroken):
     """Without any checkpoint: the same command, with --resume, starts again."""
     Path("half/unfinished").mkdir(parents=True)
