@@ -369,7 +369,8 @@ def encode(
     max_positions and embed with it.
     """
     limit = max_positions(model.config)
-    max_length = max_length or int(min(512, limit))
+    if max_length is None:
+        max_length = int(min(512, limit))
     if max_length > limit:
         raise ValueError(f"a length of {max_length} tokens: the model was made for {limit}")
     prompts = make_prompts(tokenizer)
@@ -676,7 +677,7 @@ tags: [llara, dense-retrieval]
 ---
 A text encoder made with LLaRA ([arXiv 2312.15503](https://arxiv.org/abs/2312.15503)) from {base}:
 {steps} steps of `--stage {stage}`, {batch_size} examples each. Only this way of embedding is right:
-prefix, text, prompt; the mean of the last {prompts.pooled} states. It needs torch >= 2.11 and
+prefix, text, prompt; the mean of the last {prompts.pooled} states. It needs torch >= 2.6 and
 transformers >= 5: version 4 reads this folder without an error, and ignores its `rope_parameters`.
 
 ```python
@@ -778,12 +779,12 @@ def check_texts(*texts: str) -> None:
         text.encode()  # half of a surrogate pair (\ud800) fails here
 
 
-def read_article(rows: Rows, i: int) -> str:
-    """Title and text of an article; the passage alone of a row as released; "" of a blank page."""
+def read_article(rows: Rows, i: int, key: str = "text") -> str:
+    """Title and text of an article, "" of a blank page. key: "input" for a row as released."""
     with rows.row(i) as row:
         if "query" in row:
             raise ValueError("a pair of query and passages: for --stage finetune")
-        title, text = row.get("title") or "", row["input"] if "input" in row else row["text"]
+        title, text = row.get("title") or "", row[key]
         check_texts(title, text)
     text = text.strip()
     return f"{title.strip()}\n{text}".strip() if text else ""
@@ -1529,7 +1530,9 @@ def prepare(args, output: Path) -> tuple[nn.Module, Any, Rows]:
     def make_base() -> None:
         torch.manual_seed(args.seed)
         every = len(rows) // 2000 + 1
-        texts = (read_article(rows, i)[:5000] for i in range(0, len(rows), every))
+        with rows.row(0) as row:
+            key = "input" if "input" in row else "text"
+        texts = (read_article(rows, i, key)[:5000] for i in range(0, len(rows), every))
         make_small_model(texts, output / "unfinished")
         (output / "unfinished").rename(base)
 
@@ -1595,7 +1598,7 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
     settings |= {"data": rows.digest(), "prompts": list(prompts)}
     run_file = output / "run.json"
     first_step = 0
-    before = json.loads(run_file.read_text()) if run_file.exists() else {}
+    before = json.loads(run_file.read_text()) if checkpoint or run_file.exists() else {}
     dist.barrier()
     if checkpoint or before.get("finished"):
         for name in settings.keys() | before["settings"].keys():

@@ -509,6 +509,13 @@ def test_words_are_those_that_the_model_reads(tokenizer):
     assert not set(tokenizer.all_special_ids) & {*passage, *own}
 
 
+def test_formats_are_not_mixed(tokenizer):
+    """A row as released among articles would lose its own targets: it is named instead."""
+    write_rows("both.jsonl", [*ARTICLES, ROWS[0]])
+    with pytest.raises(llara.BadInput, match=r"both\.jsonl:10: KeyError: 'text'"):
+        adaptation(["both.jsonl"], tokenizer)
+
+
 def test_blank_pages_give_no_pair(tokenizer):
     blank = {
         "id": "1",
