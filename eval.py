@@ -24,7 +24,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,11 +39,9 @@ from llara import (
     BadInput,
     Rows,
     check_texts,
-    choose_dtype,
     docstrings,
     encode,
     make_prompts,
-    max_positions,
     pick_device,
     positive,
     process_group,
@@ -71,13 +69,14 @@ class Texts:
         self.lines = Rows([path])
         self.ids: list[str] = []
         self.row_of: dict[str, int] = {}  # of an id
-        self.n_empty = 0
+        self.empty: list[str] = []  # ids of texts that are ""
         digest = hashlib.sha256()
         for row in range(len(self.lines)):
             name, text = self.read(row)
             self.row_of[name] = row
             self.ids.append(name)
-            self.n_empty += not text
+            if not text:
+                self.empty.append(name)
             digest.update(f"{name}\n{text}\n".encode())
         self.digest = digest.hexdigest()
 
@@ -89,9 +88,7 @@ class Texts:
                 name = str(name)  # some collections number their texts
             check_texts(name, title, text)
             if name.split() != [name]:
-                raise ValueError(
-                    f"the id {name!r} is empty or has white space: no run file can hold it"
-                )
+                raise ValueError(f"the id {name!r} is empty or has white space")
             if self.row_of.get(name, row) != row:
                 raise ValueError(f"the id {name!r} stands in an earlier line too")
         return name, f"{title} {text}".strip()
@@ -119,10 +116,8 @@ def read_qrels(path: Path) -> Qrels:
             query, document, score = (field.strip() for field in line.decode().split("\t"))
             grade = int(score)
         except ValueError as error:
-            raise BadInput(
-                f"{path}:{number}: should be query id, document id, whole number, with tabs "
-                f"between: {line[:60]!r} ({error})"
-            ) from None
+            should = "should be query id, document id, whole number, with tabs between"
+            raise BadInput(f"{path}:{number}: {should}: {line[:60]!r} ({error})") from None
         if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
             raise BadInput(f"{path}:{number}: {query} and {document} are judged twice, differently")
     if not qrels:
@@ -186,42 +181,35 @@ class Encoder(NamedTuple):
         return encode(self.model, self.tokenizer, texts, prompt, max_length, self.batch_size)
 
 
-def load_encoder(args, device: torch.device) -> Encoder:
+def load_encoder(args) -> Encoder:
     """BadInput if --model is no LLaRA model, or if texts of these lengths are beyond it."""
-    dtype = choose_dtype(args.dtype, device)
+    device, dtype = pick_device(args.dtype)
     model, tokenizer = read_model(transformers.AutoModel, args.model, dtype)
-    try:  # fails if the special tokens are missing, or if a prompt alone is too long
-        prompts = make_prompts(tokenizer)  # token ids: a text is prefix + text + SELF or NEXT
-        for length in (args.query_length, args.passage_length):
-            prompts.around([], "self", length)
-            prompts.around([], "next", length)
+    query_prompt = args.query_prompt or query_prompt_of(args.model)
+    settings = args.passage_length, args.batch_size, str(dtype), device.type
+    try:
+        digest = fingerprint(model, tokenizer, settings)
+        model = model.to(device).eval()
+        # A trial of both lengths, before hours are spent.
+        encode(model, tokenizer, ["a query"], query_prompt, args.query_length)
+        encode(model, tokenizer, ["a passage"], "self", args.passage_length)
     except ValueError as error:
         raise BadInput(f"{args.model}: {error}") from None
-    limit = max_positions(model.config)
-    if max(args.query_length, args.passage_length) > limit:
-        raise BadInput(
-            f"--query-length, --passage-length: {args.model} was made for {limit} tokens"
-        )
+    lengths = args.query_length, args.passage_length
+    return Encoder(model, tokenizer, digest, query_prompt, *lengths, args.batch_size)
+
+
+def fingerprint(model: torch.nn.Module, tokenizer, settings: Sequence) -> str:
+    """Of all that shapes the embedding of a passage; the model is on the CPU."""
+    config, prompts = model.config.to_json_string(), make_prompts(tokenizer)
+    versions = torch.__version__, transformers.__version__
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    shaped_by = (
-        model.config.to_json_string(),
-        prompts,
-        args.passage_length,
-        args.batch_size,
-        str(dtype),
-        device.type,
-        torch.__version__,
-        transformers.__version__,
-    )
-    digest.update(repr(shaped_by).encode())
+    digest.update(repr((config, prompts, versions, settings)).encode())
     # All of the weights and not a sample: models can differ in the special tokens' rows alone.
     for name, weight in model.state_dict().items():
         digest.update(name.encode())
         digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().data)
-    prompt = args.query_prompt or query_prompt_of(args.model)
-    lengths = args.query_length, args.passage_length
-    model = model.to(device).eval()
-    return Encoder(model, tokenizer, digest.hexdigest(), prompt, *lengths, args.batch_size)
+    return digest.hexdigest()
 
 
 def cut_into_chunks(lengths: np.ndarray) -> list[np.ndarray]:
@@ -273,13 +261,6 @@ def corpus_blocks(
             yield np.concatenate(embeddings), np.concatenate(block_rows)
 
 
-def embed_queries(encoder: Encoder, queries: Texts, rows: np.ndarray) -> Tensor:
-    """The embeddings of rows (q,) of the queries: (q, d) float32, on every rank the same."""
-    texts = [queries.text(row) for row in rows]
-    vectors = encoder.embed(texts, encoder.query_prompt, encoder.query_length)  # (q, d)
-    return torch.from_numpy(vectors)
-
-
 # ---- search --------------------------------------------------------------------------------------
 
 
@@ -309,7 +290,7 @@ def search(
 def search_over_ranks(
     queries: Tensor, blocks: Iterable[tuple[np.ndarray, np.ndarray]], k: int
 ) -> tuple[Tensor, Tensor]:
-    """`search`, each rank in blocks of its own; every rank gets the best of all."""
+    """`search`, each rank in blocks of its own; every rank gets the best of all, on the CPU."""
     scores, rows = (result.cpu() for result in search(queries, blocks, k))  # (q, k), (q, k)
     scores_of_ranks = [torch.empty_like(scores) for _ in range(dist.get_world_size())]
     rows_of_ranks = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
@@ -404,19 +385,17 @@ def mine_pairs(args, queries: Texts, corpus: Texts, qrels: Qrels, run: Run) -> l
 
 def describe_oddities(queries: Texts, corpus: Texts, qrels: Qrels, skipped: bool) -> list[str]:
     """What a reader of the numbers should know about the collection."""
-    judged = {name for grades in qrels.values() for name in grades}
+    documents = {name for grades in qrels.values() for name in grades}
     same_ids = qrels.keys() & queries.row_of.keys() & corpus.row_of.keys()
     # Numbered collections share ids by chance; where ids are names, a query may find itself.
     same_ids = {name for name in same_ids if not name.isdigit() and not skipped}
-    counts = {
-        "judged queries are not in queries.jsonl: they score 0": len(
-            qrels.keys() - queries.row_of.keys()
-        ),
-        "judged documents are not in corpus.jsonl: never found": len(judged - corpus.row_of.keys()),
-        "texts are empty: searched as they are": queries.n_empty + corpus.n_empty,
-        "queries have the id of a document: --skip-identical-ids?": len(same_ids),
-    }
-    return [f"{count} {what}" for what, count in counts.items() if count]
+    oddities = [
+        (qrels.keys() - queries.row_of.keys(), "judged queries are not in queries.jsonl: score 0"),
+        (documents - corpus.row_of.keys(), "judged documents are not in corpus.jsonl"),
+        (queries.empty + corpus.empty, "texts are empty: searched as they are"),
+        (same_ids, "queries have the id of a document: --skip-identical-ids?"),
+    ]
+    return [f"{len(names)} {what}" for names, what in oddities if names]
 
 
 def retrieve(
@@ -425,15 +404,14 @@ def retrieve(
     """The --top-k documents of each judged query. Embeddings of the corpus lie in `folder`."""
     judged = [row for row, name in enumerate(queries.ids) if name in qrels]  # q of them
     if not judged:
-        raise BadInput(
-            f"{queries.path}: holds none of the queries that are judged in qrels/{args.split}.tsv: "
-            "are they of another collection?"
-        )
-    vectors = embed_queries(encoder, queries, np.array(judged))  # (q, d)
-    blocks = corpus_blocks(encoder, corpus, folder)
+        raise BadInput(f"{queries.path}: holds no query that qrels/{args.split}.tsv judges")
+    texts = [queries.text(row) for row in judged]
+    vectors = encoder.embed(texts, encoder.query_prompt, encoder.query_length)  # (q, d)
+    on_device = torch.from_numpy(vectors).to(encoder.model.device)  # (q, d), on every rank the same
+    blocks = corpus_blocks(encoder, corpus, folder)  # encodes when `search` asks for the next
     # A query that finds itself loses that one, and should still have --top-k.
     k = args.top_k + 1 if args.skip_identical_ids else args.top_k
-    scores, rows = search_over_ranks(vectors.to(encoder.model.device), blocks, k)  # (q, k)
+    scores, rows = search_over_ranks(on_device, blocks, k)  # (q, k), (q, k)
     run: Run = {}
     for i, query_row in enumerate(judged):
         query = queries.ids[query_row]
@@ -486,14 +464,12 @@ def evaluate(args, encoder: Encoder, data: Path, output: Path) -> dict:
 
 
 def print_table(results: dict[str, dict]) -> None:
-    average = mean({name: result["mean"] for name, result in results.items()})
-    say(f"{'':24}" + "".join(f"{name:>12}" for name in ("documents", "queries", *average)))
-    for name, result in results.items():
-        values = "".join(f"{value:12.4f}" for value in result["mean"].values())
-        say(f"{name:24}{result['documents']:12}{result['queries']:12}{values}")
-    if len(results) > 1:
-        values = "".join(f"{value:12.4f}" for value in average.values())
-        say(f"{'average':24}{'':12}{'':12}{values}")
+    rows = {name: result["mean"] for name, result in results.items()}
+    if len(rows) > 1:
+        rows["average"] = mean(rows)
+    say(f"{'':24}" + "".join(f"{metric:>12}" for metric in mean(rows)))
+    for name, row in rows.items():
+        say(f"{name:24}" + "".join(f"{value:12.4f}" for value in row.values()))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -507,61 +483,37 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=Path, help="results go to OUTPUT/FOLDER-SPLIT/; default: MODEL/eval")
     # What is embedded, and how.
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on CUDA")
-    add(
-        "--query-prompt",
-        choices=["next", "self"],
-        help="default: what the model's run.json says; without one, next",
-    )
+    add("--query-prompt", choices=["next", "self"], help="default: as in the model's run.json")
     add("--query-length", type=positive, default=64, help="tokens, with the prompt; default: 64")
-    add(
-        "--passage-length", type=positive, default=160, help="tokens, with the prompt; default: 160"
-    )
+    add("--passage-length", type=positive, default=160, help="the same of passages; default: 160")
     add("--batch-size", type=positive, default=32, help="texts at a time; default: 32")
     add("--keep-embeddings", action="store_true", help="do not remove them at the end")
     # What is searched.
     add("--top-k", type=positive, default=1000, help="documents a query; default: 1000")
-    add(
-        "--skip-identical-ids",
-        action="store_true",
-        help="a query does not find the document of its own id (ArguAna, Quora)",
-    )
+    own = "a query does not find the document of its own id (ArguAna, Quora)"
+    add("--skip-identical-ids", action="store_true", help=own)
     # Pairs to fine-tune on.
     add("--pairs", type=Path, help="write rows of query, positives and mined negatives to it")
     add("--negatives", type=int, default=8, help="of each query; default: 8")
-    add(
-        "--ranks",
-        type=int,
-        nargs=2,
-        default=[10, 200],
-        metavar=("FIRST", "LAST"),
-        help="draw negatives from these, both included; default: 10 200",
-    )
+    ranks = "draw negatives from these ranks, FIRST and LAST included; default: 10 200"
+    add("--ranks", type=int, nargs=2, default=[10, 200], metavar=("FIRST", "LAST"), help=ranks)
     add("--seed", type=int, default=0, help="of drawing negatives; default: 0")
     return parser.parse_args()
 
 
 def check_arguments(args) -> None:
     """BadInput for what would be found only after hours, or would be silently wrong."""
-    first, last = args.ranks
-    if not 1 <= first <= last:
-        raise BadInput(f"--ranks {first} {last}: two ranks, the first at least 1")
     names = [data.resolve().name for data in args.data or ()]
     if len(set(names)) < len(names):
         raise BadInput("--data: two folders of one name: their results would overwrite each other")
-    if not args.pairs:
-        return
-    if len(names) != 1:
-        raise BadInput("--pairs needs --data, one collection")
-    if args.pairs.exists() or not args.pairs.parent.is_dir():
-        raise BadInput(f"--pairs {args.pairs}: exists already, or is in no folder")
-    if last > args.top_k:
-        raise BadInput(f"--ranks {first} {last}: --top-k {args.top_k} does not reach so far")
-
-
-def default_output(model: str) -> Path:
-    """eval/ in the model's folder; for a hub name ORGANISATION/NAME, NAME/eval in this folder."""
-    folder = Path(model)
-    return folder / "eval" if folder.is_dir() else Path(folder.name, "eval")
+    if args.pairs:
+        first, last = args.ranks
+        if not 1 <= first <= last <= args.top_k:
+            raise BadInput(f"--ranks {first} {last}: should be within 1 and --top-k {args.top_k}")
+        if len(names) != 1:
+            raise BadInput("--pairs needs --data, one collection")
+        if args.pairs.exists() or not args.pairs.parent.is_dir():
+            raise BadInput(f"--pairs {args.pairs}: exists already, or is in no folder")
 
 
 def main() -> None:
@@ -572,8 +524,9 @@ def main() -> None:
     # Without torchrun, a group of this one process. In here a BadInput ends it with one sentence.
     with process_group():
         check_arguments(args)
-        output = args.output or default_output(args.model)
-        encoder = load_encoder(args, pick_device())
+        folder = Path(args.model)  # for a hub name ORGANISATION/NAME: NAME/eval, in this folder
+        output = args.output or Path(folder if folder.is_dir() else folder.name, "eval")
+        encoder = load_encoder(args)
         collections = args.data or [output / "python"]
         if not args.data and dist.get_rank() == 0:
             write_python_collection(collections[0])

@@ -35,7 +35,6 @@ SELF as well: until then, nothing has made SELF and NEXT embeddings comparable.
 import argparse
 import ast
 import contextlib
-import datetime
 import fcntl
 import functools
 import hashlib
@@ -51,7 +50,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import regex
@@ -138,15 +137,11 @@ def make_prompts(
     """
     (self_words, self_tokens), (next_words, next_tokens) = self_prompt, next_prompt
     if len(self_tokens) != len(next_tokens):
-        raise ValueError(
-            f"SELF ends with {len(self_tokens)} special tokens, NEXT with {len(next_tokens)}"
-        )
+        raise ValueError(f"{len(self_tokens)} special tokens in SELF, {len(next_tokens)} in NEXT")
     tokens = [*self_tokens, *next_tokens]
     token_ids = tokenizer.convert_tokens_to_ids(tokens)
     if tokenizer.unk_token_id in token_ids:  # an unknown one gets this id, which can be None
-        raise ValueError(
-            f"{' '.join(tokens)} are not one token each in this tokenizer: llara.load adds them"
-        )
+        raise ValueError(f"not one token each, llara.load adds them: {' '.join(tokens)}")
     prefix_ids, self_ids, next_ids = tokenize(tokenizer, [prefix, self_words, next_words])
     # If this tokenizer puts a BOS first, so do we. It is not left to add_special_tokens=True, which
     # in some tokenizers also appends an EOS: that would stand between the quote and the passage.
@@ -254,12 +249,13 @@ def next_token_loss(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     states (N, d), weight (V, d) of the head, targets (N,) -> scalar, float32.
     All logits, (N, V) in float32, are what fills the memory of the released code. Here they exist
-    512 rows at a time.
+    512 rows at a time, and are not kept for backward: PyTorch works out a chunk's gradients while
+    it has its logits, or makes the logits once more.
     """
     # On a CPU the other policies take four times as long in bfloat16; on CUDA this is the slowest.
     policy = "auto" if states.is_cuda else "accurate"
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy=policy)
-    # "sum" would add up in the type of the states: in bfloat16, 8,576 for 8,551.
+    # "sum" would add up in the type of the states, and bfloat16 has three digits.
     reduction = "sum" if states.dtype == torch.float32 else "none"
     losses = F.linear_cross_entropy(states, weight, targets, reduction=reduction, options=options)
     return losses.float().sum()
@@ -377,7 +373,7 @@ def encode(
     if isinstance(texts, str):
         return encode(model, tokenizer, [texts], prompt, max_length, batch_size)[0]
     if not texts:
-        return np.empty((0, model.config.hidden_size), np.float32)
+        return np.empty((0, model.get_input_embeddings().embedding_dim), np.float32)
     # A tokenizer's own truncation is state that two threads would share: we cut the ids instead.
     sequences = [prompts.around(ids, prompt, max_length) for ids in tokenize(tokenizer, texts)]
     # Texts of like length together: little padding.
@@ -521,8 +517,6 @@ def read_model(kind, name: str | Path, dtype="auto") -> tuple[nn.Module, Any]:
         raise BadInput(f"{name}: {in_one_line(error)}") from error
     if info["missing_keys"]:  # their weights would be random
         raise BadInput(f"{name}: its files lack {sorted(info['missing_keys'])[:3]}")
-    if getattr(model.config, "quantization_config", None):
-        raise BadInput(f"{name}: quantised: take the full-precision checkpoint")
     n_rows = model.get_input_embeddings().num_embeddings
     if max(tokenizer.get_vocab().values()) >= n_rows:
         raise BadInput(f"{name}: its tokenizer has ids beyond the model's {n_rows} embeddings")
@@ -571,6 +565,7 @@ def check_one_pass(name: str | Path, lm: nn.Module) -> None:
     What `joint_mask` promises holds if attention honours a mask and positions of our own, and if
     nothing but attention looks at other tokens. So it is tried, on 4 + 4 + 4 tokens.
     """
+    what = f"{name}: {type(lm).__name__}"
     ids = torch.arange(12)[None]  # (1, 12), as if passage, SELF and NEXT had four tokens each
     without_self = torch.cat([ids[:, :4], ids[:, 8:]], dim=1)  # (1, 8)
     mask, positions = joint_mask(torch.tensor([4]), 4, 12)
@@ -581,21 +576,16 @@ def check_one_pass(name: str | Path, lm: nn.Module) -> None:
         logits = lm(input_ids=without_self, use_cache=False).logits  # (1, 8, V)
         our_logits = alone @ head.weight.T  # (1, 8, V)
     except Exception as error:
-        raise BadInput(
-            f"{name}: {type(lm).__name__} takes no mask and positions of ours: {in_one_line(error)}"
-        ) from error
+        raise BadInput(f"{what} takes no mask and positions: {in_one_line(error)}") from error
     joint = torch.cat([joint.last_hidden_state[:, :4], joint.last_hidden_state[:, 8:]], dim=1)
     tolerance = 1e-3 if lm.dtype == torch.float32 else 0.05  # in bfloat16 rounding is 0.004
     if (joint - alone).norm() > tolerance * alone.norm():
         raise BadInput(
-            f"{name}: {type(lm).__name__} sees later tokens, or ignores the mask or the positions "
-            "(an encoder, ALiBi, a recurrent state): one pass would not equal two"
+            f"{what} sees later tokens, or ignores the mask or the positions (an encoder, ALiBi, a "
+            "recurrent state): one pass would not equal two"
         )
     if head.bias is not None or (our_logits - logits).norm() > tolerance * logits.norm():
-        raise BadInput(
-            f"{name}: {type(lm).__name__} scales or caps its logits, or has a bias on them: "
-            "not supported"
-        )
+        raise BadInput(f"{what} scales or caps its logits, or has a bias on them: not supported")
 
 
 def save(
@@ -653,7 +643,7 @@ class Sentences(nn.Module):
         Path(folder, "run.json").write_text(json.dumps({"settings": settings}))
 
     def get_embedding_dimension(self) -> int:
-        return self.model.config.hidden_size
+        return self.model.get_input_embeddings().embedding_dim
 
     get_sentence_embedding_dimension = get_embedding_dimension
 
@@ -676,9 +666,10 @@ library_name: transformers
 tags: [llara, dense-retrieval]
 ---
 A text encoder made with LLaRA ([arXiv 2312.15503](https://arxiv.org/abs/2312.15503)) from {base}:
-{steps} steps of `--stage {stage}`, {batch_size} examples each. Only this way of embedding is right:
-prefix, text, prompt; the mean of the last {prompts.pooled} states. It needs torch >= 2.6 and
-transformers >= 5: version 4 reads this folder without an error, and ignores its `rope_parameters`.
+{args.steps} steps of `--stage {args.stage}`, {args.batch_size} examples each. Only this way of
+embedding is right: prefix, text, prompt; the mean of the last {prompts.pooled} states. It needs
+torch >= 2.6 and transformers >= 5: version 4 reads this folder without an error, and ignores its
+`rope_parameters`.
 
 ```python
 import torch
@@ -727,8 +718,7 @@ class Rows:
 
     def __init__(self, paths: Iterable[str | Path]):
         self.paths = [file for path in paths for file in data_files(path)]
-        # 64 bits wide: a file can have more than 2^31 bytes.
-        file_numbers, line_numbers, starts, lengths = (array("q") for _ in range(4))
+        places = array("q")  # 64 bits wide: a file can have more than 2^31 bytes
         for file_number, path in enumerate(self.paths):
             start = 0
             with open(path, "rb") as file:
@@ -736,17 +726,12 @@ class Rows:
                     raise BadInput(f"{path}: a pipe, not a regular file: rows are read at random")
                 for line_number, line in enumerate(file, 1):
                     if not line.isspace():
-                        file_numbers.append(file_number)
-                        line_numbers.append(line_number)
-                        starts.append(start)
-                        lengths.append(len(line))
+                        places.extend((file_number, line_number, start, len(line)))
                     start += len(line)
-        if not lengths:
+        if not places:
             raise BadInput(f"{', '.join(map(str, self.paths))}: no rows in there")
-        self.file_numbers = np.array(file_numbers)
-        self.line_numbers = np.array(line_numbers)
-        self.starts = np.array(starts)
-        self.lengths = np.array(lengths)  # (n,) bytes
+        self.places = np.array(places).reshape(-1, 4)  # file, line, first byte, number of bytes
+        self.lengths = self.places[:, 3]  # (n,) bytes
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -758,17 +743,17 @@ class Rows:
     @contextlib.contextmanager
     def row(self, i: int) -> Iterator[dict[str, Any]]:
         """`with rows.row(i) as row:`; whatever goes wrong in there names the file and the line."""
-        path = self.paths[self.file_numbers[i]]
+        file_number, line_number, start, length = self.places[i]
+        path = self.paths[file_number]
         try:
             # Opened anew for each read: a process may have some 1,000 open files, and a Wikipedia
             # from WikiExtractor has more.
             with open(path, "rb") as file:
-                file.seek(self.starts[i])
-                line = file.read(self.lengths[i])
+                file.seek(start)
+                line = file.read(length)
             yield json.loads(line)
         except Exception as error:
-            place = f"{path}:{self.line_numbers[i]}"
-            raise BadInput(f"{place}: {in_one_line(error)}") from error
+            raise BadInput(f"{path}:{line_number}: {in_one_line(error)}") from error
 
 
 def check_texts(*texts: str) -> None:
@@ -920,10 +905,7 @@ class Adaptation(torch.utils.data.Dataset):
         self.ends = np.cumsum(self.per_row)  # (n,) examples up to and including each row
         self.n_examples = int(self.ends[-1])
         if self.n_examples == 0:
-            raise BadInput(
-                f"{rows.paths[0]} ..: no text is longer than a passage of {self.room} tokens, so "
-                "none has a following one; lower --max-length"
-            )
+            raise BadInput(f"--max-length {max_length}: all texts are too short for two passages")
 
     def read_texts(self, number: int) -> tuple[str, ...]:
         """Of an example: the passage, then whose words the tasks ask for, ordered as BAG_TASKS."""
@@ -943,23 +925,20 @@ class Adaptation(torch.utils.data.Dataset):
     def read_examples(self, numbers: Sequence[int]) -> list[Example]:
         """Reads, tokenises and cuts: of each example the passage, and the bags.
 
-        A bag has only words that the model reads, so they are taken from the ids that are left
-        after the cut; without stop words and punctuation, then tokenised anew, since a word at the
-        start of a text and one behind a space can be different tokens. A word can be several.
+        A passage "The llama, a camelid" asks for the words "llama camelid", without stop words and
+        punctuation. They are tokenised anew, since "llama" at the start of a text and " llama"
+        behind a space can be different tokens; a word can be several. A bag has only words that the
+        model could read, so they are those of the ids that are left after the cut.
         """
-        texts = [self.read_texts(number) for number in numbers]
-        distinct = list({text for some in texts for text in some})  # EBAE's is the passage itself
-        cut = [ids[: self.room] for ids in tokenize(self.tokenizer, distinct)]
-        words = [content_words(text) for text in self.tokenizer.batch_decode(cut)]
-        bags = [sorted(set(ids) - self.special_ids) for ids in tokenize(self.tokenizer, words)]
-        ids_of, bag_of = (
-            dict(zip(distinct, cut, strict=True)),
-            dict(zip(distinct, bags, strict=True)),
-        )
-        return [
-            (ids_of[passage], *(bag_of[target] for target in targets))
-            for passage, *targets in texts
-        ]
+        passages, *targets = zip(*(self.read_texts(number) for number in numbers), strict=True)
+        return list(zip(self.cut(passages), *(self.bags(texts) for texts in targets), strict=True))
+
+    def cut(self, texts: Sequence[str]) -> list[list[int]]:
+        return [ids[: self.room] for ids in tokenize(self.tokenizer, texts)]
+
+    def bags(self, texts: Sequence[str]) -> list[list[int]]:
+        words = [content_words(text) for text in self.tokenizer.batch_decode(self.cut(texts))]
+        return [sorted(set(ids) - self.special_ids) for ids in tokenize(self.tokenizer, words)]
 
     def __getitem__(self, step: int) -> list[list[Example]]:
         batches = self.batches
@@ -997,8 +976,8 @@ class FineTuning(torch.utils.data.Dataset):
     Q..Q+P-1 its passages, the first Q of which are the positives. With two queries and one hard
     negative each: 0 and 1 are the queries, 2 and 3 their positives, 4 and 5 their negatives.
     Every query draws one of its positives and group_size - 1 of its negatives, if it has any, anew
-    each epoch. All ranks read the global batch, to know which passages are true for whom; each
-    tokenises only its own.
+    each epoch. All ranks read the global batch, to know which passages are true for whom, and each
+    takes its part of the micro-batches.
     """
 
     def __init__(
@@ -1016,7 +995,8 @@ class FineTuning(torch.utils.data.Dataset):
         self.tokenizer = tokenizer
         self.prompts = prompts
         self.batches = batches
-        self.lengths = {"query": query_length, "passage": passage_length}
+        self.query_length = query_length
+        self.passage_length = passage_length
         self.query_prompt = query_prompt
         self.group_size = group_size
         self.n_examples = len(rows)
@@ -1052,33 +1032,20 @@ class FineTuning(torch.utils.data.Dataset):
         )
         np.fill_diagonal(excluded, False)
         if ((~excluded).sum(axis=1) == 1).all():
-            raise BadInput(
-                f'step {step}: no query has a negative: raise --batch-size, or give rows "neg"'
-            )
+            raise BadInput('no query has a negative: raise --batch-size, or give rows "neg"')
         return queries, passages, excluded
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         queries, passages, excluded = self.draw(step)
-        texts = queries + passages
-        # Grouped before anything is tokenised, by lengths in characters: about five to a token.
-        # What is beyond the cut does not count.
-        limit = 5 * max(self.lengths.values())
-        lengths = [min(len(text), limit) for text in texts]
-        batches = self.batches
-        groups = split_by_length(lengths, batches.count(len(texts)) * batches.world)
-        micro_batches = []
-        for group in groups[
-            batches.rank :: batches.world
-        ]:  # so ranks have groups of like length too
-            micro_batch = []
-            all_ids = tokenize(self.tokenizer, [texts[slot] for slot in group])
-            for slot, ids in zip(group.tolist(), all_ids, strict=True):
-                kind, prompt = "passage", "self"
-                if slot < len(queries):
-                    kind, prompt = "query", self.query_prompt
-                ids = self.prompts.around(ids, prompt, self.lengths[kind])
-                micro_batch.append((slot, ids))
-            micro_batches.append(micro_batch)
+        query_ids = tokenize(self.tokenizer, queries)
+        passage_ids = tokenize(self.tokenizer, passages)
+        around, batches = self.prompts.around, self.batches
+        sequences = [around(ids, self.query_prompt, self.query_length) for ids in query_ids]
+        sequences += [around(ids, "self", self.passage_length) for ids in passage_ids]
+        count = batches.count(len(sequences)) * batches.world
+        groups = split_by_length([len(ids) for ids in sequences], count)
+        mine = groups[batches.rank :: batches.world]  # so ranks have groups of like length too
+        micro_batches = [[(slot, sequences[slot]) for slot in group.tolist()] for group in mine]
         return {"micro_batches": micro_batches, "excluded": excluded}
 
     def yardstick(self, vocab_size: int) -> dict[str, float]:
@@ -1155,25 +1122,22 @@ def make_small_model(texts: Iterable[str], folder: Path, vocab_size: int = 2048)
 # ---- many processes, checkpoints -----------------------------------------------------------------
 
 
-def pick_device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank >= torch.cuda.device_count():
-        raise BadInput(f"{local_rank + 1} ranks on this machine: it has fewer GPUs")
-    torch.cuda.set_device(local_rank)
-    # cuDNN's attention plans anew for each new (B, L), seconds each, and its backward is reported
-    # to give NaN under a mask (pytorch issue 196678).
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    return torch.device("cuda", local_rank)
-
-
-def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The type to compute in: by default bfloat16 on GPUs that have it, else float32."""
-    if name:
-        return getattr(torch, name)
-    has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+def pick_device(dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Where to compute, and in what: by default bfloat16 on GPUs that have it, else float32."""
+    device = torch.device("cpu")
+    default = "float32"
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise BadInput(f"{local_rank + 1} ranks on this machine: it has fewer GPUs")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        # cuDNN's attention plans anew for each new (B, L), seconds each, and its backward is
+        # reported to give NaN under a mask (pytorch issue 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            default = "bfloat16"
+    return device, getattr(torch, dtype or default)
 
 
 def say(text: str) -> None:
@@ -1195,32 +1159,27 @@ def process_group() -> Iterator[None]:
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: was closed
         stream.reconfigure(errors="replace")  # a terminal without accents must not end a run
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    timeout = datetime.timedelta(minutes=30)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:  # schedulers set RANK alone, too
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend)
     else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     several = dist.get_world_size() > 1
     try:
         yield
     except (BadInput, OSError, FloatingPointError, torch._dynamo.exc.TorchDynamoException) as error:
         # The last one: --compile without a compiler on the machine.
-        script = Path(sys.argv[0]).name
         rank = f" (rank {dist.get_rank()})" if several else ""
         sentence = " ".join(str(error).split())[:600]
-        print(f"{script}{rank}: {sentence}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}{rank}: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
         # After an error the other ranks may be in the middle of a step, and to leave the group
         # would wait for them.
-        failed = sys.exc_info()[0] is not None  # the SystemExit of above included
-        if not failed or not several:
+        if not several or sys.exc_info()[0] is None:
             dist.destroy_process_group()
     if several:
-        # The work is done, and the interpreter is left here. Its own way out destroys threads of
-        # gloo, which aborts some two processes in a hundred ("terminate called without an active
-        # exception", PyTorch 2.13): torchrun would report a finished run as failed.
+        # Python's own way out destroys threads of gloo, which aborts some two processes in a
+        # hundred (PyTorch 2.13), and torchrun would report a finished run as failed.
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         os._exit(0)
@@ -1232,31 +1191,17 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
-def on_rank_0(function: Callable[[], Any]) -> Any:
-    """What `function` returns on rank 0, on all ranks; its BadInput, too, is raised on all."""
-    box = [None]
-    if dist.get_rank() == 0:
-        try:
-            box = [function()]
-        except (BadInput, OSError) as error:
-            box = [BadInput(str(error))]
-    dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], BadInput):
-        raise box[0]
-    return box[0]
-
-
 def shard(
     model: Llara, device: torch.device, dtype: torch.dtype, compile_layers: bool = False
 ) -> None:
     """FSDP2 on any number of ranks, one included: float32 weights, arithmetic in `dtype`.
 
-    Each rank holds a slice of every weight, of its gradient and of AdamW's moments. The weights of
-    a decoder layer are gathered for its forward and again for its backward, and then dropped; its
-    gradients are averaged over the ranks and sliced. These are meetings of all ranks, so all must
-    call equally often. `fully_shard` moves what it slices to the device. Only `forward` and
-    registered methods gather. What is in no layer stays in
-    the root's group: the embeddings and the head, which can be one and the same tensor.
+    Each rank holds a slice of every weight (a DTensor: it knows the whole's shape), of its gradient
+    and of AdamW's moments, so the optimizer is made after this. The weights of a decoder layer are
+    gathered for its forward and again for its backward, and then dropped; its gradients are
+    averaged over the ranks and sliced. These are meetings of all ranks, so all must call equally
+    often; and only `forward` and registered methods gather. What is in no layer stays in the root's
+    group: the embeddings and the head, which can be one and the same tensor.
 
     bfloat16 has the range of float32, so the loss needs no scaling.
     """
@@ -1268,7 +1213,7 @@ def shard(
             if compile_layers:
                 module.compile(dynamic=True)
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)  # moves the slices to the device
     model.float()  # a slice at a time: the whole model was never in float32
     register_fsdp_forward_method(model, "embed")
 
@@ -1278,10 +1223,43 @@ def meet_on_last(model: nn.Module, is_last: bool) -> None:
 
     It halves what FSDP costs there. On several ranks a GPU would hold all gradients (27 GB for 7B)
     and all weights (13.5 GB), to save meetings that hide behind the arithmetic of large models.
+    `contrastive_step` does without: it takes any encoder.
     """
     if isinstance(model, FSDPModule) and dist.get_world_size() == 1:
         model.set_requires_gradient_sync(is_last)
         model.set_reshard_after_backward(is_last)
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Ours have eight digits: a copy that a user made is left alone."""
+    return sorted(output.glob(f"checkpoint-{'[0-9]' * 8}"))
+
+
+def find_checkpoint(output: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from, if any. BadInput if the folder must not be written to.
+
+    the folder holds                    without --resume    with it
+    nothing, or an empty log.jsonl      starts              starts
+    log.jsonl and a checkpoint          refused             goes on
+    log.jsonl and no checkpoint         refused             starts anew
+    other things, and no log.jsonl      refused             refused: it is no run of ours
+    """
+    log = output / "log.jsonl"
+    held = [path for path in output.glob("*") if path != log or log.stat().st_size]
+    if held and not (resume and log.exists()):
+        raise BadInput(f"--output {output}: is not empty: name another, or --resume the run in it")
+    return max(checkpoints(output), default=None)
+
+
+def open_log(path: Path) -> TextIO:
+    """Opens the log for this run alone: the lock goes with the process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = open(path, "a+")  # noqa: SIM115 (open for as long as the run)
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"{path}: another run writes to this folder") from None
+    return log
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -1289,36 +1267,6 @@ def write_json(path: Path, value: Any) -> None:
     aside = path.with_name(f".{path.name}")
     aside.write_text(json.dumps(value, indent=1))
     os.replace(aside, path)
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """Ours have eight digits: a copy that a user made is left alone."""
-    digits = "[0-9]" * 8
-    return sorted(output.glob(f"checkpoint-{digits}"))
-
-
-def find_checkpoint(output: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, if any. BadInput if the folder must not be written to.
-
-    the folder holds        without --resume    with it
-    nothing                 starts              starts
-    a checkpoint            refused             goes on
-    left-overs of a start   refused             starts anew; `unfinished` is written over
-    what is no run of ours  refused             refused
-    """
-    names = {path.name for path in output.iterdir()} if output.exists() else set()
-    if names:
-        # Killed while it made the default text and model, a run has no log yet.
-        first_files = {"python-docs.unfinished", "python-docs.jsonl", "unfinished", "base"}
-        is_ours = "log.jsonl" in names or names <= first_files
-        if not (resume and is_ours):
-            raise BadInput(
-                f"--output {output}: is not empty, and nothing is overwritten: --resume goes on "
-                "with a run; else name another folder"
-            )
-        return max(checkpoints(output), default=None)
-    output.mkdir(parents=True, exist_ok=True)
-    return None
 
 
 def save_checkpoint(model: Llara, optimizer, output: Path, step: int) -> None:
@@ -1458,7 +1406,7 @@ def run_step(
         )
         return {"loss": loss, "accuracy": accuracy}
     torch.manual_seed(seed)
-    weights = weights_of(args)
+    weights = [getattr(args, f"{task.lower()}_weight") for task in TASKS]
     losses, counts = adaptation_step(model, item, weights, device, train)
     named = {"loss": total_loss(losses, weights).item()}
     for task, weight, loss, count in zip(TASKS, weights, losses, counts, strict=True):
@@ -1482,9 +1430,15 @@ def held_out_losses(model: Llara, dataset, args, device: torch.device) -> dict[s
     }
 
 
-# ---- training ------------------------------------------------------------------------------------
+def count_tokens(item: Any, prompts: Prompts) -> int:
+    """The tokens of this rank's item, without pads."""
+    if isinstance(item, dict):  # of `FineTuning`
+        return sum(len(ids) for micro_batch in item["micro_batches"] for _, ids in micro_batch)
+    extra = len(prompts.prefix) + len(prompts.SELF) + len(prompts.NEXT)
+    return sum(len(passage) + extra for micro_batch in item for passage, *_ in micro_batch)
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+# ---- training ------------------------------------------------------------------------------------
 
 
 def get_lr(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -1499,62 +1453,39 @@ def get_lr(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * (steps - step) / (steps - warmup_steps + 1)
 
 
-def weights_of(args) -> list[float]:
-    return [getattr(args, f"{task.lower()}_weight") for task in TASKS]
-
-
-def open_dataset(rows: Rows, tokenizer, prompts: Prompts, args):
-    """The rows of either stage, as this rank sees them."""
-    ranks = dist.get_rank(), dist.get_world_size()
-    batches = Batches(args.batch_size, args.micro_batch_size, args.seed, *ranks)
-    if args.stage == "adapt":
-        return Adaptation(rows, tokenizer, prompts, batches, args.max_length)
-    lengths = args.query_length, args.passage_length
-    return FineTuning(
-        rows, tokenizer, prompts, batches, *lengths, args.query_prompt, args.group_size
-    )
-
-
 def prepare(args, output: Path) -> tuple[nn.Module, Any, Rows]:
     """The language model, its tokenizer and the rows; the default ones are made the first time.
 
-    Aside, then renamed: a run that goes on finds them whole, and they may be in use.
+    Aside, then renamed: a run that goes on finds them whole.
     """
     docs, base = output / "python-docs.jsonl", output / "base"
-
-    def make_docs() -> None:
+    is_first = dist.get_rank() == 0
+    if not args.data and is_first and not docs.exists():
         aside = output / "python-docs.unfinished"
         write_python_docs(aside)
         aside.rename(docs)
-
-    def make_base() -> None:
+    dist.barrier()
+    rows = Rows(args.data or [docs])
+    if not args.model and is_first and not base.exists():
         torch.manual_seed(args.seed)
-        every = len(rows) // 2000 + 1
         with rows.row(0) as row:
             key = "input" if "input" in row else "text"
-        texts = (read_article(rows, i, key)[:5000] for i in range(0, len(rows), every))
-        make_small_model(texts, output / "unfinished")
+        some = range(0, len(rows), len(rows) // 2000 + 1)
+        make_small_model((read_article(rows, i, key)[:5000] for i in some), output / "unfinished")
         (output / "unfinished").rename(base)
-
-    if not args.data:
-        on_rank_0(lambda: docs.exists() or make_docs())
-    rows = Rows(args.data or [docs])
-    if not args.model:
-        on_rank_0(lambda: base.exists() or make_base())
-    lm, tokenizer = load(args.model or base)
-    return lm, tokenizer, rows
+    dist.barrier()
+    return *load(args.model or base), rows
 
 
 def check_lengths(args, config) -> None:
-    """BadInput if sequences are beyond the model, or batches too small for the ranks."""
+    """BadInput if sequences are longer than the model was made for."""
     limit = max_positions(config)
     if args.stage == "adapt":
         # The mask of adaptation replaces the model's own, and so its sliding window. In `embed`,
         # without a mask, the window applies. Up to its length both are the same.
-        text_config = config.get_text_config()
-        kinds = getattr(text_config, "layer_types", None) or ["sliding_attention"]
-        if "sliding_attention" in kinds:
-            limit = min(limit, getattr(text_config, "sliding_window", None) or math.inf)
+        config = config.get_text_config()
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+            limit = min(limit, getattr(config, "sliding_window", None) or math.inf)
     for name in ("max_length", "query_length", "passage_length"):
         length = getattr(args, name) or 0
         if length > limit:
@@ -1562,23 +1493,49 @@ def check_lengths(args, config) -> None:
                 f"--{name.replace('_', '-')} {length}: the model was made for {limit} tokens "
                 "(its positions, the original ones if RoPE was stretched, or its sliding window)"
             )
-    if args.batch_size < dist.get_world_size():
-        raise BadInput(f"--batch-size {args.batch_size}: less than one a rank")
+
+
+def open_dataset(rows: Rows, tokenizer, prompts: Prompts, args) -> "Adaptation | FineTuning":
+    """The rows of either stage, as this rank sees them."""
+    world = dist.get_world_size()
+    if args.batch_size < world:
+        raise BadInput(f"--batch-size {args.batch_size}: less than one for each of {world} ranks")
+    batches = Batches(args.batch_size, args.micro_batch_size, args.seed, dist.get_rank(), world)
+    if args.stage == "adapt":
+        return Adaptation(rows, tokenizer, prompts, batches, args.max_length)
+    of_pairs = args.query_length, args.passage_length, args.query_prompt, args.group_size
+    return FineTuning(rows, tokenizer, prompts, batches, *of_pairs)
+
+
+def check_same_run(settings: dict[str, Any], run_file: Path) -> None:
+    """BadInput if the run in this folder has other settings, data or prompts."""
+    before = json.loads(run_file.read_text())["settings"]
+    for name in settings | before:
+        now, then = settings.get(name), before.get(name)
+        if now != then:
+            flag = f"--{name.replace('_', '-')}"
+            raise BadInput(f"{flag} is {now}, but it was {then} in {run_file}: give the same")
 
 
 def train(args) -> None:  # noqa: C901 (a run from top to bottom)
-    """The whole of a run, of either stage. Every rank runs it."""
+    """The whole of a run, of either stage. Every rank runs it.
+
+    How a killed run goes on: the data of a step, its learning rate and its dropout follow from the
+    settings and the step's number (`Batches`). So the newest checkpoint has weights, moments and
+    that number, run.json has the settings, which must be the same, and the log is cut to the steps
+    that the checkpoint has seen.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     output = Path(args.output)
-    device = pick_device()
-    dtype = choose_dtype(args.dtype, device)
+    device, dtype = pick_device(args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
-    # On a GPU enough tokens for it not to wait for its next order; a CPU never waits.
-    on_gpu = max(1, 16_384 // (args.max_length or args.passage_length))
-    on_cpu = 8 if args.stage == "adapt" else 32
-    args.micro_batch_size = args.micro_batch_size or (on_cpu if device.type == "cpu" else on_gpu)
-
-    checkpoint = on_rank_0(lambda: find_checkpoint(output, args.resume))
+    if args.micro_batch_size is None:
+        # On a GPU enough tokens for it not to wait for its next order; a CPU never waits.
+        tokens = 16_384 if device.type == "cuda" else 1_024
+        args.micro_batch_size = max(1, tokens // (args.max_length or args.passage_length))
+    checkpoint = find_checkpoint(output, args.resume)
+    dist.barrier()  # all have looked; now rank 0 writes
+    log = open_log(output / "log.jsonl") if rank == 0 else None
 
     # The model as it was, the data, and what is worked out from them.
     lm, tokenizer, rows = prepare(args, output)
@@ -1591,31 +1548,18 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
     save_every = args.save_every or min(500, math.ceil(args.steps / 10))
     levels = dataset.yardstick(lm.get_input_embeddings().num_embeddings)
 
-    # The settings, on disk from the start. A run goes on with the same ones alone.
-    free = {"output", "resume", "explain", "valid", "workers", "save_every"}
-    free |= {"micro_batch_size", "gradient_checkpointing", "compile"}
-    settings = {name: value for name, value in vars(args).items() if name not in free}
+    # The settings, on disk from the start: what must be the same when a run goes on.
+    settings = {name: getattr(args, name) for name in ("stage", "model", "dtype", *SETTINGS)}
     settings |= {"data": rows.digest(), "prompts": list(prompts)}
-    run_file = output / "run.json"
-    first_step = 0
-    before = json.loads(run_file.read_text()) if checkpoint or run_file.exists() else {}
-    dist.barrier()
-    if checkpoint or before.get("finished"):
-        for name in settings.keys() | before["settings"].keys():
-            now, then = settings.get(name), before["settings"].get(name)
-            if now != then:
-                raise BadInput(
-                    f"--{name.replace('_', '-')} is {now}, but it was {then} in {run_file}: give "
-                    "the same, or name another --output"
-                )
-        if before.get("finished"):
-            say(f"--output {output}: that run is finished, there is nothing to resume")
-            return
-        first_step = int(checkpoint.name.removeprefix("checkpoint-"))
-    # The folder is this run's alone: the lock goes with the process, however it ends.
-    log = open(output / "log.jsonl", "a+") if rank == 0 else None  # noqa: SIM115
-    on_rank_0(lambda: lock(log))
     run = {"settings": settings, "yardstick": levels}
+    run_file = output / "run.json"
+    is_finished = run_file.exists() and "finished" in json.loads(run_file.read_text())
+    if checkpoint or is_finished:
+        check_same_run(settings, run_file)
+    if is_finished:
+        say(f"--output {output}: that run is finished, there is nothing to resume")
+        return
+    dist.barrier()  # all have read; now rank 0 writes
     if rank == 0:
         write_json(run_file, run)
     epochs = args.steps * args.batch_size / dataset.n_examples
@@ -1632,39 +1576,35 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
     slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
     if slow and dtype == torch.bfloat16:
         say("           this CPU has no bfloat16 arithmetic: --dtype float32 is far faster")
+    first_step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
     if args.resume:
         goes_on = f"goes on at step {first_step} of {checkpoint}"
         say(goes_on if checkpoint else f"no checkpoint in {output} yet: starts at step 0")
 
+    # Whole steps, prepared ahead of the device. Workers are forked, to share the index of the rows;
+    # here, where no thread of a GPU or of gloo has begun work that they could inherit half done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit it: Ctrl-C is for the run to handle
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(first_step, args.steps),
+        num_workers=args.workers,
+        collate_fn=lambda item: item,
+        multiprocessing_context="fork" if args.workers else None,
+    )
+    items = iter(loader)
+
     # Ctrl-C, or a scheduler's SIGTERM: the step is finished and saved. A second one ends at once;
     # but torchrun passes on what the terminal has already sent, so only one that comes later.
-    asked_to_stop: list[float] = []
+    asked_to_stop: list[float] = []  # when
 
     def ask_to_stop(number, frame) -> None:
         if asked_to_stop and time.monotonic() - asked_to_stop[0] > 1:
             os._exit(128 + number)
         asked_to_stop.append(time.monotonic())
 
-    def ignore_in_worker(worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
     signal.signal(signal.SIGINT, ask_to_stop)
     signal.signal(signal.SIGTERM, ask_to_stop)
-
-    # Whole steps, prepared ahead of the device. Workers are forked, to share the index of the rows;
-    # here, where no thread of a GPU or of gloo has begun work that they could inherit half done.
-    items = iter(
-        torch.utils.data.DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=range(first_step, args.steps),
-            num_workers=args.workers,
-            collate_fn=lambda item: item,
-            multiprocessing_context="fork" if args.workers else None,
-            worker_init_fn=ignore_in_worker,
-        )
-    )
 
     # The model, sharded over the ranks, and its optimizer.
     n_weights = lm.num_parameters()
@@ -1677,13 +1617,16 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
         lm.get_output_embeddings().requires_grad_(False)  # it takes no part
     model = Llara(lm, prompts).train()
     shard(model, device, dtype, args.compile)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=True)
     if checkpoint:
         load_checkpoint(model, optimizer, checkpoint)
 
     # The loop: a step, a line in the log, from time to time a checkpoint.
+    if log:  # what a killed run wrote after its last checkpoint is cut off
+        log.seek(0)
+        kept = log.readlines()[:first_step]
+        log.truncate(0)
+        log.writelines(kept)
     bar = tqdm(
         initial=first_step,
         total=args.steps,
@@ -1699,11 +1642,6 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
         bar.update(0)
 
     lm.get_decoder().register_forward_hook(show_forward)
-    if log:  # what a killed run wrote after its last checkpoint is cut off
-        log.seek(0)
-        kept = log.readlines()[:first_step]
-        log.truncate(0)
-        log.writelines(kept)
     started = time.perf_counter()
     with bar:  # closed with a line of its own, whatever happens
         for step, item in enumerate(items, first_step):
@@ -1715,29 +1653,18 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
             if not math.isfinite(losses["loss"] + norm):
                 raise BadInput(
                     f"step {step}: the loss or its gradient is not finite; nothing was updated. A "
-                    "lower --lr, with another --output, may help; --resume repeats this step"
+                    "lower --lr, with another --output, may help"
                 )
             optimizer.step()
             optimizer.zero_grad()
 
-            n_tokens = count_tokens(item, prompts)
-            tokens, n_asked = sum_over_ranks([n_tokens, len(asked_to_stop)])
-            seconds = time.perf_counter() - started
-            row = {
-                "step": step,
-                **losses,
-                "lr": lr,
-                "grad_norm": norm,
-                "tokens/s": tokens / seconds,
-            }
+            n_tokens, n_asked = sum_over_ranks([count_tokens(item, prompts), len(asked_to_stop)])
+            rate = n_tokens / (time.perf_counter() - started)
+            row = {"step": step, **losses, "lr": lr, "grad_norm": norm, "tokens/s": rate}
             if device.type == "cuda":
                 row["GiB"] = torch.cuda.max_memory_allocated() / 2**30
-                flops = (
-                    6 * n_weights * tokens
-                )  # without attention and recomputing, as nanoGPT has it
-                for card, peak in PEAK_FLOPS.items():
-                    if card in torch.cuda.get_device_name():
-                        row["MFU"] = flops / seconds / peak / world
+                # As nanoGPT has it: without attention, and without what checkpointing repeats.
+                row["TFLOP/s"] = 6 * n_weights * rate / world / 1e12
             done = step + 1
             is_saved = done % save_every == 0 or n_asked > 0
             if held_out and (is_saved or done == args.steps):
@@ -1745,9 +1672,8 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
             if log:
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-            names = [name for name in (*TASKS, "loss", "accuracy") if name in row]
-            shown = " ".join(f"{name} {row[name]:.2f}" for name in names[:3])
-            shown += f" {row['tokens/s']:.0f} tokens/s"
+            names = [name for name in (*TASKS, "loss", "accuracy") if name in row][:3]
+            shown = " ".join(f"{name} {row[name]:.2f}" for name in names) + f" {rate:.0f} tokens/s"
             forwards = itertools.count(1)
             bar.set_postfix_str(shown, refresh=False)
             bar.update()
@@ -1758,7 +1684,8 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
                 sys.exit(1)
             started = time.perf_counter()
 
-    # The end: an ordinary model, then the mark that it is whole, then the checkpoints go.
+    # The end: an ordinary model, then the mark that it is whole; then the checkpoints go. All ranks
+    # meet once more, to gather the weights; rank 0 alone writes them.
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(model.lm, options=options)
     if rank > 0:
@@ -1767,17 +1694,19 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
         for name in lm._tied_weights_keys or ():
             state.pop(name, None)  # or the embeddings are written twice
     card = MODEL_CARD.format(
+        args=args,
         base=args.model or "random weights",
         prompts=prompts,
         query_prompt=query_prompt_of(output).upper(),
         max_length=int(min(512, max_positions(lm.config))),  # as `encode` has it
-        **{name: getattr(args, name) for name in ("steps", "stage", "batch_size")},
     )
     save(lm, tokenizer, output, card, state)
     write_json(run_file, run | {"finished": True})
     shutil.rmtree(output / "unfinished", ignore_errors=True)
     for folder in checkpoints(output):
         shutil.rmtree(folder)
+
+    # What came of it: the mean of the last tenth of the steps, and what two embeddings say.
     log.seek(0)
     last_rows = [json.loads(line) for line in log][-math.ceil(args.steps / 10) :]
     for name, level in levels.items():
@@ -1790,21 +1719,6 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
         for number in (dataset.n_examples // 3, 2 * dataset.n_examples // 3):
             print_explanation(lm, tokenizer, dataset.read_texts(number)[0][:1000])
     say(f"saved to {output}; {output / 'README.md'} says how to embed with it")
-
-
-def lock(log) -> None:
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(f"{log.name}: another run writes to this folder") from None
-
-
-def count_tokens(item: Any, prompts: Prompts) -> int:
-    """The tokens of this rank's item, without pads."""
-    if isinstance(item, dict):  # of `FineTuning`
-        return sum(len(ids) for micro_batch in item["micro_batches"] for _, ids in micro_batch)
-    extra = len(prompts.prefix) + len(prompts.SELF) + len(prompts.NEXT)
-    return sum(len(passage) + extra for micro_batch in item for passage, *_ in micro_batch)
 
 
 def print_explanation(lm: nn.Module, tokenizer, text: str) -> None:

@@ -34,6 +34,7 @@ PROMPTS = llara.Prompts(
     [1, 5], [*range(60, 71), *range(100, 108)], [*range(71, 81), *range(108, 116)], 8
 )
 WEIGHTS = (1.0, 0.5, 0.5)
+PEAK_TFLOPS = 989  # of an H100 or H200 in bfloat16, dense
 SHAPES = {  # width, inner width, layers, heads, heads of keys; sequences, shortest, longest passage
     "reference": ((384, 1024, 6, 6, 6), (8, 100, 512)),
     "135M": ((576, 1536, 30, 9, 3), (64, 80, 115)),
@@ -255,15 +256,18 @@ def bench_train(name: str) -> None:
         )
         log = Path(folder, "out", "log.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in log[4:]]
-    for key in ("tokens/s", "MFU", "GiB"):
+    for key in ("tokens/s", "TFLOP/s", "GiB"):
         if key in rows[0]:
             report(f"train, {name}: {key}", f"{np.median([row[key] for row in rows]):.3f}")
+    if "TFLOP/s" in rows[0]:
+        share = np.median([row["TFLOP/s"] for row in rows]) / PEAK_TFLOPS
+        report(f"train, {name}: MFU on an H100 or H200", f"{share:.3f}")
 
 
 def main() -> None:
     gpu = sys.argv[1:] == ["gpu"]
     with llara.process_group():
-        device = llara.pick_device() if gpu else torch.device("cpu")
+        device = llara.pick_device(None)[0] if gpu else torch.device("cpu")
         card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         report(f"torch {torch.__version__}", f"{card}, {torch.get_num_threads()} threads")
         # Without a GPU, `gpu` is a dry run with the reference shape alone.
