@@ -35,6 +35,7 @@ SELF as well: until then, nothing has made SELF and NEXT embeddings comparable.
 import argparse
 import ast
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -588,6 +589,13 @@ def check_one_pass(name: str | Path, lm: nn.Module) -> None:
         raise BadInput(f"{what} scales or caps its logits, or has a bias on them: not supported")
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Aside, then renamed: nobody ever sees half of it."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(json.dumps(value, indent=1))
+    os.replace(aside, path)
+
+
 def save(
     lm: nn.Module,
     tokenizer,
@@ -603,7 +611,7 @@ def save(
     # With this, SentenceTransformer(folder) calls Sentences.load, or refuses if llara.py is not to
     # be found. Without it, it would pool the last token, and say nothing.
     modules = [{"idx": 0, "name": "0", "path": "", "type": "llara.Sentences"}]
-    Path(folder, "modules.json").write_text(json.dumps(modules))
+    write_json(Path(folder, "modules.json"), modules)
 
 
 def query_prompt_of(folder: str | Path) -> str:
@@ -637,10 +645,9 @@ class Sentences(nn.Module):
         return cls(str(Path(folder, subfolder)))
 
     def save(self, folder: str, *args, **kwargs) -> None:
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save(self.model, self.tokenizer, folder)
         settings = {"stage": "finetune", "query_prompt": self.query_prompt}
-        Path(folder, "run.json").write_text(json.dumps({"settings": settings}))
+        write_json(Path(folder, "run.json"), {"settings": settings})
 
     def get_embedding_dimension(self) -> int:
         return self.model.get_input_embeddings().embedding_dim
@@ -873,6 +880,7 @@ def split_by_length(lengths: Sequence[int], count: int) -> list[np.ndarray]:
     return np.array_split(order, count)
 
 
+@dataclasses.dataclass
 class Adaptation(torch.utils.data.Dataset):
     """Item `step` is what this rank needs for a step: its micro-batches, lists of `Example`.
 
@@ -882,30 +890,34 @@ class Adaptation(torch.utils.data.Dataset):
     descriptor, of which a process may have few.
     """
 
-    def __init__(self, rows: Rows, tokenizer, prompts: Prompts, batches: Batches, max_length: int):
-        self.rows = rows
-        self.tokenizer = tokenizer
-        self.batches = batches
-        self.special_ids = set(tokenizer.all_special_ids)
-        n_prompt_tokens = len(prompts.prefix) + len(prompts.SELF) + len(prompts.NEXT)
-        self.room = max_length - n_prompt_tokens
+    rows: Rows
+    tokenizer: Any
+    prompts: Prompts
+    batches: Batches
+    max_length: int  # of a joint sequence, in tokens
+
+    def __post_init__(self):
+        self.special_ids = set(self.tokenizer.all_special_ids)
+        n_prompt_tokens = len(self.prompts.prefix + self.prompts.SELF + self.prompts.NEXT)
+        self.room = self.max_length - n_prompt_tokens
         if self.room < 1:
-            raise BadInput(f"--max-length {max_length}: the prompts take {n_prompt_tokens}")
-        with rows.row(0) as row:
+            raise BadInput(f"--max-length {self.max_length}: the prompts take {n_prompt_tokens}")
+        with self.rows.row(0) as row:
             self.is_released = "input" in row
-        if self.is_released:
-            per_row = np.ones(len(rows), np.int64)
-        else:
+        self.per_row = np.ones(len(self.rows), np.int64)  # (n,) examples
+        if not self.is_released:
             # Windows are planned at 0.9 of the room, so that few are cut.
-            n_tokens = rows.lengths * tokens_per_byte(rows, tokenizer)  # (n,), estimated
-            per_row = np.ceil(n_tokens / (0.9 * self.room)).astype(np.int64) - 1
-        self.per_row = per_row.clip(min=0)  # (n,) examples
-        n_short = int((self.per_row == 0).sum())
-        self.left_out = f", {n_short:,} rows too short for two passages" if n_short else ""
+            n_tokens = self.rows.lengths * tokens_per_byte(self.rows, self.tokenizer)  # (n,)
+            n_windows = np.ceil(n_tokens / (0.9 * self.room)).astype(np.int64)  # (n,)
+            self.per_row = (n_windows - 1).clip(min=0)
         self.ends = np.cumsum(self.per_row)  # (n,) examples up to and including each row
         self.n_examples = int(self.ends[-1])
+        n_short = int((self.per_row == 0).sum())
+        self.left_out = f", {n_short:,} rows too short for two passages" if n_short else ""
         if self.n_examples == 0:
-            raise BadInput(f"--max-length {max_length}: all texts are too short for two passages")
+            raise BadInput(
+                f"--max-length {self.max_length}: no text is long enough for two passages"
+            )
 
     def read_texts(self, number: int) -> tuple[str, ...]:
         """Of an example: the passage, then whose words the tasks ask for, ordered as BAG_TASKS."""
@@ -969,6 +981,7 @@ def unigram_levels(examples: Sequence[Example], vocab_size: int) -> dict[str, fl
     return dict(zip(TASKS, levels.tolist(), strict=True))
 
 
+@dataclasses.dataclass
 class FineTuning(torch.utils.data.Dataset):
     """Item `step`: {"micro_batches": of this rank, "excluded": (Q, P) bool}.
 
@@ -980,29 +993,21 @@ class FineTuning(torch.utils.data.Dataset):
     takes its part of the micro-batches.
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        tokenizer,
-        prompts: Prompts,
-        batches: Batches,
-        query_length: int = 64,
-        passage_length: int = 160,
-        query_prompt: str = "next",
-        group_size: int = 16,
-    ):
-        self.rows = rows
-        self.tokenizer = tokenizer
-        self.prompts = prompts
-        self.batches = batches
-        self.query_length = query_length
-        self.passage_length = passage_length
-        self.query_prompt = query_prompt
-        self.group_size = group_size
-        self.n_examples = len(rows)
-        self.left_out = ""
+    rows: Rows
+    tokenizer: Any
+    prompts: Prompts
+    batches: Batches
+    query_length: int = 64  # in tokens, with the prompt
+    passage_length: int = 160
+    query_prompt: str = "next"
+    group_size: int = 16  # passages of a query: a positive, and hard negatives
+    left_out = ""
+
+    def __post_init__(self):
+        self.n_examples = len(self.rows)
+        prompts = self.prompts
         shortest = len(prompts.prefix) + 1 + max(len(prompts.SELF), len(prompts.NEXT))
-        if min(query_length, passage_length) < shortest:
+        if min(self.query_length, self.passage_length) < shortest:
             raise BadInput(f"--query-length and --passage-length: {shortest} tokens at least")
 
     def draw(self, step: int) -> tuple[list[str], list[str], np.ndarray]:
@@ -1260,13 +1265,6 @@ def open_log(path: Path) -> TextIO:
     except BlockingIOError:
         raise BadInput(f"{path}: another run writes to this folder") from None
     return log
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Aside, then renamed: nobody ever sees half of it."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps(value, indent=1))
-    os.replace(aside, path)
 
 
 def save_checkpoint(model: Llara, optimizer, output: Path, step: int) -> None:

@@ -528,7 +528,7 @@ def test_blank_pages_give_no_pair(tokenizer):
     data = adaptation(["blank.jsonl"], tokenizer)
     per_row = np.diff(data.ends, prepend=0)
     assert per_row[0] == per_row[-1] == 0 and data.n_examples > 0
-    with pytest.raises(llara.BadInput, match="all texts are too short for two"):
+    with pytest.raises(llara.BadInput, match="no text is long enough for two"):
         adaptation([write_rows("blanks.jsonl", [blank] * 3)], tokenizer)
 
 
