@@ -175,8 +175,21 @@ def test_one_pass_is_two(family, tied):
 
 # ---- the released code's numbers -----------------------------------------------------------------
 
-# From FlagEmbedding's research/LLARA at commit 7ed43d67 (class PreLlamaModel), transformers 4.41,
-# float32, with the ids of PROMPTS in place of Llama-2's, which stand there as numbers.
+# From FlagEmbedding's research/LLARA at commit 7ed43d67, transformers 4.41.2, torch 2.5.1, float32.
+# In its folder `pretrain`, with the model and the inputs of this file, these lines print the losses
+# (its class goes by the lengths of the two prompts, 19 and 18, not by their ids):
+#
+#     from modeling import PreLlamaModel  # in place of LlamaForCausalLM in `golden_model`
+#     def left(rows, value):
+#         width = max(map(len, rows))
+#         return torch.tensor([[value] * (width - len(row)) + row for row in rows])
+#     rows = [PROMPTS.prefix + passage + PROMPTS.SELF + PROMPTS.NEXT for passage in PASSAGES]
+#     batch = {"input_ids": left(rows, 0), "attention_mask": left([[1] * len(r) for r in rows], 0)}
+#     ar = {"labels": left([[-100] * 2 + passage + [-100] * 37 for passage in PASSAGES], -100)}
+#     ebae = {"output_summarize_ids": left(PASSAGES, -100)}
+#     ebar = {"output_predict_ids": left(FOLLOWING, -100)}
+#     for terms in (ar, ebae, ebar, ar | ebae | ebar):
+#         print(model(**batch, **terms).loss.item())
 GOLDEN_LOSSES = {  # name: the loss, and the norm of its gradient
     "AR": (5.132088661, 3.322822911),
     "0.1 EBAE": (0.487182558, 0.161732256),
