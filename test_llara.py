@@ -21,6 +21,10 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from unittest import mock
 
+# Tests run on the CPU, where a sum has the same bits each time. Two of them launch processes that
+# see a GPU, if there is one (`launch_on_gpu`).
+os.environ["GPUS_TO_TEST"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__))
@@ -901,9 +905,13 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def two_ranks(*command):
-    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
-        done = launch(*TORCHRUN, *command)
+    done = launch(*TORCHRUN, *command)
     assert done.returncode == 0, done.stderr
+
+
+def launch_on_gpu(*command):
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=os.environ["GPUS_TO_TEST"]):
+        return launch(*command)
 
 
 def refused(capsys, flags):
@@ -1116,6 +1124,31 @@ def test_fine_tuning_on_two_ranks():
     run(FINETUNE + "tuned --micro-batch-size 50")
     two_ranks(llara.__file__, *(FINETUNE + "tuned2 --micro-batch-size 5").split())
     assert_same_run("tuned2", "tuned", 2e-5)
+
+
+def test_bfloat16_is_near_float32():
+    """On a GPU, if there is one: the losses of a step within 1 %."""
+    for dtype in ("float32", "bfloat16"):
+        flags = f"{ADAPT}{dtype} --dtype {dtype} --steps 2"
+        done = launch_on_gpu(llara.__file__, *flags.split())
+        assert done.returncode == 0, done.stderr
+    for exact, rounded in zip(read_log("float32"), read_log("bfloat16"), strict=True):
+        for task in llara.TASKS:
+            assert rounded[task] == pytest.approx(exact[task], rel=0.01)
+
+
+def test_killed_fine_tuning_goes_on():
+    """On a GPU, if there is one. There attention's backward adds up in no fixed order."""
+    whole = launch_on_gpu(llara.__file__, *(FINETUNE + "tuned-whole").split())
+    assert whole.returncode == 0, whole.stderr
+    killed = launch_on_gpu("-c", KILLED, *(FINETUNE + "tuned-killed").split())
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    goes_on = launch_on_gpu(llara.__file__, *(FINETUNE + "tuned-killed --resume").split())
+    assert goes_on.returncode == 0 and "goes on at step 1" in goes_on.stdout, goes_on.stderr
+    logs = [[row["loss"] for row in read_log(folder)] for folder in ("tuned-whole", "tuned-killed")]
+    np.testing.assert_allclose(*logs, rtol=0.02)
+    if "cpu" in goes_on.stdout:
+        assert_same_run("tuned-killed", "tuned-whole", 0)
 
 
 BAD_ARTICLES = [
