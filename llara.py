@@ -1127,7 +1127,7 @@ def make_small_model(texts: Iterable[str], folder: Path, vocab_size: int = 2048)
 # ---- many processes, checkpoints -----------------------------------------------------------------
 
 
-def pick_device(dtype: str | None) -> tuple[torch.device, torch.dtype]:
+def pick_device(dtype: str | None = None) -> tuple[torch.device, torch.dtype]:
     """Where to compute, and in what: by default bfloat16 on GPUs that have it, else float32."""
     device = torch.device("cpu")
     default = "float32"

@@ -267,7 +267,7 @@ def bench_train(name: str) -> None:
 def main() -> None:
     gpu = sys.argv[1:] == ["gpu"]
     with llara.process_group():
-        device = llara.pick_device(None)[0] if gpu else torch.device("cpu")
+        device = llara.pick_device()[0] if gpu else torch.device("cpu")
         card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         report(f"torch {torch.__version__}", f"{card}, {torch.get_num_threads()} threads")
         # Without a GPU, `gpu` is a dry run with the reference shape alone.
