@@ -20,9 +20,9 @@ Each prompt closes the quote of the passage, and neither prompt sees the other (
 
 The embedding of a text is the mean of the eight states, scaled to length 1. Adaptation, as above,
 is followed by fine-tuning on pairs of query and passage; search is by dot product: see eval.py.
-Passages take the SELF prompt. Queries take the NEXT prompt, whose states say what the passage after
-a text would hold: the passage after a question is its answer. But before fine-tuning queries take
-SELF as well: until then, nothing has made SELF and NEXT embeddings comparable.
+Passages take the SELF prompt, queries the NEXT prompt, whose states say what the passage after a
+text would hold: the passage after a question is its answer. (A model that is not fine-tuned yet
+takes SELF for both, as nothing has made the two comparable.) It needs torch 2.13, transformers 5.
 
     python llara.py --output tiny                             # a tiny model, Python's own docs
     torchrun llara.py --data wiki.jsonl --model HuggingFaceTB/SmolLM2-135M --output out
@@ -141,7 +141,7 @@ def make_prompts(
         raise ValueError(f"{len(self_tokens)} special tokens in SELF, {len(next_tokens)} in NEXT")
     tokens = [*self_tokens, *next_tokens]
     token_ids = tokenizer.convert_tokens_to_ids(tokens)
-    if tokenizer.unk_token_id in token_ids:  # an unknown one gets this id, which can be None
+    if tokenizer.unk_token_id in token_ids:  # the id of what is unknown, None in some tokenizers
         raise ValueError(f"not one token each, llara.load adds them: {' '.join(tokens)}")
     prefix_ids, self_ids, next_ids = tokenize(tokenizer, [prefix, self_words, next_words])
     # If this tokenizer puts a BOS first, so do we. It is not left to add_special_tokens=True, which
@@ -253,11 +253,11 @@ def next_token_loss(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     512 rows at a time, and are not kept for backward: PyTorch works out a chunk's gradients while
     it has its logits, or makes the logits once more.
     """
-    # On a CPU the other policies take four times as long in bfloat16; on CUDA this is the slowest.
+    # In bfloat16, with its three digits, each token's loss is asked for, and added up in float32.
+    reduction = "sum" if states.dtype == torch.float32 else "none"
+    # How to round inside matters for speed alone: the default is four times slower on a CPU.
     policy = "auto" if states.is_cuda else "accurate"
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy=policy)
-    # "sum" would add up in the type of the states, and bfloat16 has three digits.
-    reduction = "sum" if states.dtype == torch.float32 else "none"
     losses = F.linear_cross_entropy(states, weight, targets, reduction=reduction, options=options)
     return losses.float().sum()
 
@@ -415,8 +415,9 @@ class Llara(nn.Module):
         Each is a sum over the batch, divided by batch["counts"]: by default the counts of this
         batch, in `adaptation_step` those of all that a step sees.
 
-        The head is applied here and not by the caller, since FSDP gathers its weights for the
-        duration of forward; and only where a loss needs it, since logits are what costs memory.
+        The head is applied here and not by the caller, since FSDP, which slices the weights over
+        the GPUs (see `shard`), puts them together for the duration of forward alone; and only where
+        a loss needs it, since logits are what costs memory.
         """
         input_ids = batch["input_ids"]  # (B, L)
         self_start = batch["self_start"]  # (B,)
@@ -543,12 +544,13 @@ def load(name: str | Path) -> tuple[nn.Module, Any]:
     added = [AddedToken(token, special=True, normalized=False) for token in new]
     tokenizer.add_tokens(added, special_tokens=True)
     new_ids = tokenizer.convert_tokens_to_ids(new)
-    # `tokenizers` gives numbers from the count of entries on: with gaps among them, such a number
-    # can be a real token's, whose trained row would be lost below.
+    # `tokenizers` counts the entries to find a new id. With a gap among the ids, 0 1 2 4, that is
+    # 4: a real token's, whose trained row would be lost below.
     if not set(new_ids).isdisjoint(known.values()):
         raise BadInput(f"{name}: its vocabulary has gaps: the id of {new[0]} is a real token's")
     n_trained = max(known.values()) + 1
-    n_rows = max([embeddings.num_embeddings - 1, *new_ids]) + 1  # some models have rows to spare
+    # Some models have rows to spare: then the new ids need none.
+    n_rows = max(embeddings.num_embeddings, *(i + 1 for i in new_ids), n_trained)
     lm.resize_token_embeddings(n_rows, mean_resizing=False)
     # New rows start from the mean of the others: a random row in the head stands apart and takes
     # probability from real tokens. All start as one and the same: position tells them apart.
@@ -805,7 +807,7 @@ def tokens_per_byte(rows: Rows, tokenizer, sample: int = 128) -> float:
     n_bytes = 0.0
     for i in np.linspace(0, len(rows) - 1, min(sample, len(rows))).astype(int):
         text = read_article(rows, i)
-        head = text[:20_000]  # stands for the same share of the row's bytes, keys and quotes too
+        head = text[:20_000]  # of a longer text, this part of the row's bytes
         n_tokens += len(tokenize(tokenizer, [head])[0])
         n_bytes += rows.lengths[i] * len(head) / max(1, len(text))
     return n_tokens / max(1.0, n_bytes)
@@ -858,15 +860,15 @@ class Batches(NamedTuple):
             pairs.append((epoch, int(epoch_order(self.seed, epoch, n)[i])))
         return pairs
 
-    def count(self, n: int) -> int:
-        """How many micro-batches each rank runs for n sequences.
+    def n_micro_batches(self, n: int) -> int:
+        """Into how many micro-batches each rank splits its part of n sequences.
 
-        As few rounds as fit the micro-batch, but no more than the poorest rank has sequences.
-        The same number on every rank: under FSDP a forward is a meeting of all ranks (see `shard`).
-        And none of them empty: a rank with n // world sequences can fill as many. 9 sequences on 8
-        ranks, one at a time: ceil(9 / 8) = 2, capped to 1; one rank runs two at once.
+        The same number on every rank, as under FSDP a forward is a meeting of all (see `shard`);
+        and none of them empty. 9 sequences on 8 ranks, one at a time: one rank has two sequences,
+        but seven have one. So each has one micro-batch, and the first rank runs both at once.
         """
-        return min(math.ceil(n / (self.micro_batch_size * self.world)), n // self.world)
+        as_they_fit = math.ceil(n / (self.micro_batch_size * self.world))
+        return min(as_they_fit, n // self.world)
 
 
 @functools.lru_cache(maxsize=2)  # the last epoch and this one
@@ -875,7 +877,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def split_by_length(lengths: Sequence[int], count: int) -> list[np.ndarray]:
-    """Indices in `count` groups of like length, the longest of this step first."""
+    """Indices in `count` groups of like length, the longest first: memory fails soon, or not."""
     order = np.argsort([-length for length in lengths], kind="stable")
     return np.array_split(order, count)
 
@@ -886,8 +888,7 @@ class Adaptation(torch.utils.data.Dataset):
 
     An article of n windows, of about as many tokens as --max-length leaves beside the prompts,
     makes n - 1 examples: a window, as the passage, and the one that follows it. A row as released
-    makes one. Items are lists of numbers and not tensors: a worker sends each tensor by a file
-    descriptor, of which a process may have few.
+    makes one. Items are lists: for each tensor a worker would need an open file.
     """
 
     rows: Rows
@@ -957,7 +958,7 @@ class Adaptation(torch.utils.data.Dataset):
         everyone = batches.global_batch(step, self.n_examples)
         mine = [example for _, example in everyone[batches.rank :: batches.world]]
         examples = self.read_examples(mine)
-        count = batches.count(batches.batch_size)
+        count = batches.n_micro_batches(batches.batch_size)
         groups = split_by_length([len(passage) for passage, *_ in examples], count)
         return [[examples[i] for i in group] for group in groups]
 
@@ -1047,7 +1048,7 @@ class FineTuning(torch.utils.data.Dataset):
         around, batches = self.prompts.around, self.batches
         sequences = [around(ids, self.query_prompt, self.query_length) for ids in query_ids]
         sequences += [around(ids, "self", self.passage_length) for ids in passage_ids]
-        count = batches.count(len(sequences)) * batches.world
+        count = batches.n_micro_batches(len(sequences)) * batches.world
         groups = split_by_length([len(ids) for ids in sequences], count)
         mine = groups[batches.rank :: batches.world]  # so ranks have groups of like length too
         micro_batches = [[(slot, sequences[slot]) for slot in group.tolist()] for group in mine]
@@ -1223,18 +1224,6 @@ def shard(
     register_fsdp_forward_method(model, "embed")
 
 
-def meet_on_last(model: nn.Module, is_last: bool) -> None:
-    """On one rank: until the last micro-batch of a step, weights stay gathered, and gradients too.
-
-    It halves what FSDP costs there. On several ranks a GPU would hold all gradients (27 GB for 7B)
-    and all weights (13.5 GB), to save meetings that hide behind the arithmetic of large models.
-    `contrastive_step` does without: it takes any encoder.
-    """
-    if isinstance(model, FSDPModule) and dist.get_world_size() == 1:
-        model.set_requires_gradient_sync(is_last)
-        model.set_reshard_after_backward(is_last)
-
-
 def checkpoints(output: Path) -> list[Path]:
     """Ours have eight digits: a copy that a user made is left alone."""
     return sorted(output.glob(f"checkpoint-{'[0-9]' * 8}"))
@@ -1294,6 +1283,18 @@ def load_checkpoint(model: Llara, optimizer, folder: Path) -> None:
 
 
 # ---- one step ------------------------------------------------------------------------------------
+
+
+def meet_on_last(model: nn.Module, is_last: bool) -> None:
+    """On one rank: gradients are sliced, and weights dropped after backward, once a step alone.
+
+    It halves what FSDP costs there. On several ranks a GPU would hold all gradients (27 GB for 7B)
+    and all weights (13.5 GB), to save meetings that hide behind the arithmetic of large models.
+    `contrastive_step` does without: it takes any encoder.
+    """
+    if isinstance(model, FSDPModule) and dist.get_world_size() == 1:
+        model.set_requires_gradient_sync(is_last)
+        model.set_reshard_after_backward(is_last)
 
 
 def adaptation_step(
@@ -1493,7 +1494,7 @@ def check_lengths(args, config) -> None:
             )
 
 
-def open_dataset(rows: Rows, tokenizer, prompts: Prompts, args) -> "Adaptation | FineTuning":
+def open_dataset(rows: Rows, tokenizer, prompts: Prompts, args) -> Adaptation | FineTuning:
     """The rows of either stage, as this rank sees them."""
     world = dist.get_world_size()
     if args.batch_size < world:
@@ -1580,7 +1581,8 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
         say(goes_on if checkpoint else f"no checkpoint in {output} yet: starts at step 0")
 
     # Whole steps, prepared ahead of the device. Workers are forked, to share the index of the rows;
-    # here, where no thread of a GPU or of gloo has begun work that they could inherit half done.
+    # here, while the model is not on a GPU yet and gloo has nothing to do, as a fork can take along
+    # the work of other threads half done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit it: Ctrl-C is for the run to handle
     loader = torch.utils.data.DataLoader(
         dataset,
@@ -1620,16 +1622,17 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
         load_checkpoint(model, optimizer, checkpoint)
 
     # The loop: a step, a line in the log, from time to time a checkpoint.
-    if log:  # what a killed run wrote after its last checkpoint is cut off
+    if log:  # what a killed run wrote after its last checkpoint is cut off: a line is a step
         log.seek(0)
-        kept = log.readlines()[:first_step]
-        log.truncate(0)
-        log.writelines(kept)
+        for _ in range(first_step):
+            log.readline()
+        log.truncate()
     bar = tqdm(
         initial=first_step,
         total=args.steps,
         disable=rank > 0,
         miniters=0,
+        smoothing=0,  # of the time that remains: the mean since the start
         bar_format="{n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
     )
     shown = ""

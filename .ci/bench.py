@@ -246,7 +246,8 @@ def bench_train(name: str) -> None:
         LlamaForCausalLM(config_of(name)).to(torch.bfloat16).save_pretrained(Path(folder, "base"))
         write_articles(Path(folder, "articles.jsonl"), 20_000_000)
         longest = "160" if name == "135M" else "1024"
-        flags = ["--max-length", longest, "--steps", "12", "--batch-size", "64"]
+        batch_size = "64" if torch.cuda.is_available() else "4"
+        flags = ["--max-length", longest, "--steps", "12", "--batch-size", batch_size]
         flags += ["--gradient-checkpointing"]
         subprocess.run(
             [sys.executable, llara.__file__, "--data", "articles.jsonl", "--model", "base", *flags],
