@@ -1626,7 +1626,7 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
         log.seek(0)
         for _ in range(first_step):
             log.readline()
-        log.truncate()
+        log.truncate(log.tell())
     bar = tqdm(
         initial=first_step,
         total=args.steps,
