@@ -89,7 +89,7 @@ class Texts:
             check_texts(name, title, text)
             if name.split() != [name]:
                 raise ValueError(f"the id {name!r} is empty or has white space")
-            if self.row_of.get(name, row) != row:
+            if self.row_of.get(name, row) != row:  # its own row, once all are known
                 raise ValueError(f"the id {name!r} stands in an earlier line too")
         return name, f"{title} {text}".strip()
 
@@ -107,7 +107,7 @@ def read_qrels(path: Path) -> Qrels:
     """
     qrels: Qrels = {}
     header, *lines = path.read_bytes().splitlines() or [b""]
-    if re.search(rb"\s-?\d+\s*$", header):  # it would silently be left out
+    if re.search(rb"\s-?\d+\s*$", header):  # a judgement, that would be lost as the header
         raise BadInput(f"{path}:1: should be a header: query-id, corpus-id, score, with tabs")
     for number, line in enumerate(lines, 2):
         if not line.strip():
@@ -139,7 +139,7 @@ def write_python_collection(folder: Path) -> None:
     rest. A docstring is left out if it is short, or if its query, or a long line of its rest, is
     also in an earlier one: a query with two answers would have one of them counted as wrong.
     """
-    seen: set[str] = set()  # queries and long lines of all docstrings so far, left out or not
+    seen: set[str] = set()  # the marks of all docstrings so far, left out or not
     corpus, queries, judgements = [], [], ["query-id\tcorpus-id\tscore"]
     for _, name, text in docstrings():
         summary, _, rest = text.partition("\n\n")
@@ -147,15 +147,15 @@ def write_python_collection(folder: Path) -> None:
         own_name = re.compile(rf"\b{name}\b(\(.*?\))?", flags=re.IGNORECASE | re.DOTALL)
         query = " ".join(own_name.sub(" ", summary).split())
         long_lines = {line for line in map(str.strip, rest.splitlines()) if len(line) > 30}
-        lines = long_lines | {query.lower()}
+        marks = long_lines | {query.lower()}
         is_long_enough = len(query.split()) > 3 and len(rest.split()) > 15
         # Docstrings of modules, whose name is "", make no query.
-        if name and is_long_enough and seen.isdisjoint(lines):
+        if name and is_long_enough and seen.isdisjoint(marks):
             number = len(corpus)
             corpus.append(json.dumps({"_id": f"d{number}", "text": " ".join(rest.split())}))
             queries.append(json.dumps({"_id": f"q{number}", "text": query}))
             judgements.append(f"q{number}\td{number}\t1")
-        seen.update(lines)
+        seen.update(marks)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     write_aside(folder / "corpus.jsonl", "\n".join(corpus))
     write_aside(folder / "queries.jsonl", "\n".join(queries))
@@ -186,11 +186,11 @@ def load_encoder(args) -> Encoder:
     device, dtype = pick_device(args.dtype)
     model, tokenizer = read_model(transformers.AutoModel, args.model, dtype)
     query_prompt = args.query_prompt or query_prompt_of(args.model)
-    settings = args.passage_length, args.batch_size, str(dtype), device.type
+    settings = CHUNK, args.passage_length, args.batch_size, str(dtype), device.type
     try:
         digest = fingerprint(model, tokenizer, settings)
         model = model.to(device).eval()
-        # A trial of both lengths, before hours are spent.
+        # A trial, before hours are spent: `encode` refuses lengths that the model cannot have.
         encode(model, tokenizer, ["a query"], query_prompt, args.query_length)
         encode(model, tokenizer, ["a passage"], "self", args.passage_length)
     except ValueError as error:
@@ -234,7 +234,7 @@ def embed_chunk(encoder: Encoder, corpus: Texts, rows: np.ndarray, file: Path) -
     texts = [corpus.text(row) for row in rows]
     embeddings = encoder.embed(texts, "self", encoder.passage_length)
     if encoder.model.dtype != torch.float32:
-        # Half the room; no coarser than bfloat16, and values from -1 to 1 are within its range.
+        # Half the room, and finer than the bfloat16 that they were computed in.
         embeddings = embeddings.astype(np.float16)
     aside = file.with_name(f".{os.getpid()}-{file.name}")
     np.save(aside, embeddings)
@@ -282,6 +282,7 @@ def search(
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             some = slice(start, start + QUERIES_AT_ONCE)  # b of the queries
             new, columns = (queries[some] @ passages.T).topk(min(k, len(passages)))  # (b, c)
+            # The best k so far beside the best of this block; of both, the best k.
             scores[some], order = torch.cat([scores[some], new], dim=1).topk(k)  # (b, k)
             rows[some] = torch.cat([rows[some], block_rows[columns]], dim=1).gather(1, order)
     return scores, rows
@@ -359,8 +360,9 @@ def mine_pairs(args, queries: Texts, corpus: Texts, qrels: Qrels, run: Run) -> l
     then has in-batch negatives alone for this query.
     """
     first, last = args.ranks
+    random = np.random.default_rng(args.seed)
     pairs = []
-    for number, (query, found) in enumerate(run.items()):
+    for query, found in run.items():
         positives = [name for name, grade in qrels[query].items() if grade > 0]
         pos = [corpus.text(corpus.row_of[name]) for name in positives if name in corpus.row_of]
         pos = [text for text in pos if text]
@@ -368,7 +370,6 @@ def mine_pairs(args, queries: Texts, corpus: Texts, qrels: Qrels, run: Run) -> l
         if not pos or not text:
             continue
         names = [name for name in list(found)[first - 1 : last] if name not in positives]
-        random = np.random.default_rng([args.seed, number])
         neg: list[str] = []
         for i in random.permutation(len(names)):
             if len(neg) >= args.negatives:
@@ -388,7 +389,7 @@ def describe_oddities(queries: Texts, corpus: Texts, qrels: Qrels, skipped: bool
     documents = {name for grades in qrels.values() for name in grades}
     same_ids = qrels.keys() & queries.row_of.keys() & corpus.row_of.keys()
     # Numbered collections share ids by chance; where ids are names, a query may find itself.
-    same_ids = {name for name in same_ids if not name.isdigit() and not skipped}
+    same_ids = set() if skipped else {name for name in same_ids if not name.isdigit()}
     oddities = [
         (qrels.keys() - queries.row_of.keys(), "judged queries are not in queries.jsonl: score 0"),
         (documents - corpus.row_of.keys(), "judged documents are not in corpus.jsonl"),
@@ -433,6 +434,7 @@ def evaluate(args, encoder: Encoder, data: Path, output: Path) -> dict:
     for note in notes:
         say(f"{data}: {note}")
     name = hashlib.sha256(f"{encoder.digest}{corpus.digest}".encode()).hexdigest()[:32]
+    output.mkdir(parents=True, exist_ok=True)
     folder = output / f"embeddings-{name}"
     run = retrieve(args, encoder, queries, corpus, qrels, folder)
     per_query = {name: measure(grades, run.get(name, {})) for name, grades in qrels.items()}
@@ -459,7 +461,7 @@ def evaluate(args, encoder: Encoder, data: Path, output: Path) -> dict:
         negatives = sum(len(pair["neg"]) for pair in pairs) / max(1, len(pairs))
         say(f"{args.pairs}: {len(pairs)} rows with {negatives:.1f} negatives each")
     if not args.keep_embeddings:
-        shutil.rmtree(folder)  # of all ranks: none is still reading, as all have given their best
+        shutil.rmtree(folder)  # no rank still reads: `search_over_ranks` has heard from all
     return result
 
 
@@ -467,7 +469,8 @@ def print_table(results: dict[str, dict]) -> None:
     rows = {name: result["mean"] for name, result in results.items()}
     if len(rows) > 1:
         rows["average"] = mean(rows)
-    say(f"{'':24}" + "".join(f"{metric:>12}" for metric in mean(rows)))
+    metrics = next(iter(rows.values()))
+    say(f"{'':24}" + "".join(f"{metric:>12}" for metric in metrics))
     for name, row in rows.items():
         say(f"{name:24}" + "".join(f"{value:12.4f}" for value in row.values()))
 
@@ -521,7 +524,7 @@ def main() -> None:
     # Tokenizers may use threads. In llara.py they may not: it forks workers, where they would hang.
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     transformers.utils.logging.disable_progress_bar()
-    # Without torchrun, a group of this one process. In here a BadInput ends it with one sentence.
+    # Without torchrun, a group of this one process. A BadInput ends it with its sentence alone.
     with process_group():
         check_arguments(args)
         folder = Path(args.model)  # for a hub name ORGANISATION/NAME: NAME/eval, in this folder
