@@ -215,6 +215,9 @@ Example = tuple[list[int], ...]
 def collate(examples: Sequence[Example], prompts: Prompts) -> dict[str, Tensor]:
     """Examples -> the batch that `Llara.forward` takes.
 
+    A passage of 3 tokens, with a prefix of 1 and prompts of 2 words and 1 special token each, is
+    input_ids p a b c s s S n n N: self_start 4, SELF_columns [6], NEXT_columns [9].
+
     input_ids (B, L): prefix + passage + SELF + NEXT. self_start (B,): the column of SELF.
     SELF_columns, NEXT_columns (B, 8): where the special tokens stand.
     EBAE, EBAR (B, W): ids of the target words, padded with -100.
@@ -1583,7 +1586,10 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
     # Whole steps, prepared ahead of the device. Workers are forked, to share the index of the rows;
     # here, while the model is not on a GPU yet and gloo has nothing to do, as a fork can take along
     # the work of other threads half done.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit it: Ctrl-C is for the run to handle
+    def ignore_signals(worker: int) -> None:  # of Ctrl-C and of schedulers, which all processes get
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size=None,
@@ -1591,11 +1597,12 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
         num_workers=args.workers,
         collate_fn=lambda item: item,
         multiprocessing_context="fork" if args.workers else None,
+        worker_init_fn=ignore_signals,
     )
     items = iter(loader)
 
     # Ctrl-C, or a scheduler's SIGTERM: the step is finished and saved. A second one ends at once;
-    # but torchrun passes on what the terminal has already sent, so only one that comes later.
+    # but torchrun passes on what the terminal has already sent, so it must come a second later.
     asked_to_stop: list[float] = []  # when
 
     def ask_to_stop(number, frame) -> None:
@@ -1603,8 +1610,8 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
             os._exit(128 + number)
         asked_to_stop.append(time.monotonic())
 
-    signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
 
     # The model, sharded over the ranks, and its optimizer.
     n_weights = lm.num_parameters()

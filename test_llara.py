@@ -1000,20 +1000,21 @@ def test_one_folder_one_run(unbroken, capsys):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_asked_to_stop_a_run_saves_and_goes_on(ranks, unbroken):
-    """SIGTERM in step 2: the step is finished and saved, whatever --save-every; then it resumes."""
+    """SIGTERM in step 2, to the worker too: the step is finished and saved; then it resumes."""
     folder = f"stopped{ranks}"
     stopped = """
-import os, signal, llara
+import multiprocessing, os, llara
 run_step = llara.run_step
 def stop_in_step_2(model, item, args, device, step, train=True):
     if step == 2 and llara.dist.get_rank() == 0:
-        os.kill(os.getpid(), signal.SIGTERM)
+        processes = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
+        os.system("kill -TERM " + " ".join(map(str, processes)))
     return run_step(model, item, args, device, step, train)
 llara.run_step = stop_in_step_2
 llara.main()
 """
     Path("stop.py").write_text(stopped)
-    flags = (ADAPT + folder + " --save-every 100").split()
+    flags = (ADAPT + folder + " --save-every 100 --workers 1").split()
     torchrun = TORCHRUN if ranks == 2 else ()
     done = launch(*torchrun, "stop.py", *flags)
     assert done.returncode == 1 and "--resume goes on" in done.stdout
