@@ -1214,14 +1214,16 @@ def shard(
 
     bfloat16 has the range of float32, so the loss needs no scaling.
     """
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    world = dist.get_world_size()
+    mesh = dist.init_device_mesh(device.type, (world,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     layer_names = model.lm._no_split_modules or ()
     for module in list(model.modules()):
         if type(module).__name__ in layer_names:
             if compile_layers:
                 module.compile(dynamic=True)
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            # One rank has all the slices, and keeps what it put together: see `meet_on_last`.
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=world > 1)
     fully_shard(model, mesh=mesh, mp_policy=policy)  # moves the slices to the device
     model.float()  # a slice at a time: the whole model was never in float32
     register_fsdp_forward_method(model, "embed")
@@ -1289,11 +1291,11 @@ def load_checkpoint(model: Llara, optimizer, folder: Path) -> None:
 
 
 def meet_on_last(model: nn.Module, is_last: bool) -> None:
-    """On one rank: gradients are sliced, and weights dropped after backward, once a step alone.
+    """On one rank: gradients are sliced, and weights dropped, once a step alone.
 
-    It halves what FSDP costs there. On several ranks a GPU would hold all gradients (27 GB for 7B)
-    and all weights (13.5 GB), to save meetings that hide behind the arithmetic of large models.
-    `contrastive_step` does without: it takes any encoder.
+    That saves half of what FSDP costs there. On several ranks a GPU would hold all gradients
+    (27 GB for 7B) and all weights (13.5 GB), to save meetings that hide behind the arithmetic of
+    large models. `contrastive_step` does without: it takes any encoder.
     """
     if isinstance(model, FSDPModule) and dist.get_world_size() == 1:
         model.set_requires_gradient_sync(is_last)
