@@ -175,10 +175,11 @@ def joint_mask(self_start: Tensor, self_length: int, length: int) -> tuple[Tenso
                p p s s n n
             p  1 . . . . .
             p  1 1 . . . .
-            s  1 1 1 . . .      positions 0 1 2 3 2 3: NEXT stands
-            s  1 1 1 1 . .      where it would without SELF
+            s  1 1 1 . . .
+            s  1 1 1 1 . .
             n  1 1 . . 1 .
             n  1 1 . . 1 1
+    positions  0 1 2 3 2 3      NEXT stands where it would without SELF
 
     So one pass gives what two would, one with SELF alone and one with NEXT alone. By induction over
     the layers: the states of prefix and passage depend on nothing that comes after them; SELF comes
@@ -221,8 +222,8 @@ def collate(examples: Sequence[Example], prompts: Prompts) -> dict[str, Tensor]:
     input_ids (B, L): prefix + passage + SELF + NEXT. self_start (B,): the column of SELF.
     SELF_columns, NEXT_columns (B, 8): where the special tokens stand.
     EBAE, EBAR (B, W): ids of the target words, padded with -100.
-    counts (3,): what each loss is a mean over: tokens of passages, rows with words, rows with
-    following words.
+    counts (3,): by what the sums of the three losses are divided: for AR the number of tokens of
+    passages, for EBAE and EBAR that of examples with target words.
     """
     passages, *bags = zip(*examples, strict=True)
     sequences = [[*prompts.prefix, *ids, *prompts.SELF, *prompts.NEXT] for ids in passages]
@@ -256,9 +257,9 @@ def next_token_loss(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     512 rows at a time, and are not kept for backward: PyTorch works out a chunk's gradients while
     it has its logits, or makes the logits once more.
     """
-    # In bfloat16, with its three digits, each token's loss is asked for, and added up in float32.
+    # PyTorch's own sum is in the type of the states. In bfloat16 we sum ourselves, in float32.
     reduction = "sum" if states.dtype == torch.float32 else "none"
-    # How to round inside matters for speed alone: the default is four times slower on a CPU.
+    # For speed alone: in which type it adds up products. "auto" is four times slower on a CPU.
     policy = "auto" if states.is_cuda else "accurate"
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy=policy)
     losses = F.linear_cross_entropy(states, weight, targets, reduction=reduction, options=options)
@@ -389,6 +390,7 @@ def encode(
     try:
         for start in range(0, len(sequences), batch_size):
             rows = longest_first[start : start + batch_size]
+            # As `pad` does, which need not be copied for this.
             tensors = [torch.tensor(sequences[row]) for row in rows]
             input_ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True)  # (b, L)
             lengths = torch.tensor([len(tensor) for tensor in tensors])  # (b,)
@@ -415,8 +417,8 @@ class Llara(nn.Module):
     def forward(self, batch: dict[str, Tensor], tasks: Iterable[str] = TASKS) -> Tensor:
         """A batch of `collate` -> (3,): AR, EBAE, EBAR; 0 for a task that is not in `tasks`.
 
-        Each is a sum over the batch, divided by batch["counts"]: by default the counts of this
-        batch, in `adaptation_step` those of all that a step sees.
+        Each is a sum over the batch, divided by batch["counts"]: as `collate` counts, those of this
+        batch; `adaptation_step` puts those of all that a step sees in their place.
 
         The head is applied here and not by the caller, since FSDP, which slices the weights over
         the GPUs (see `shard`), puts them together for the duration of forward alone; and only where
@@ -679,9 +681,9 @@ tags: [llara, dense-retrieval]
 ---
 A text encoder made with LLaRA ([arXiv 2312.15503](https://arxiv.org/abs/2312.15503)) from {base}:
 {args.steps} steps of `--stage {args.stage}`, {args.batch_size} examples each. Only this way of
-embedding is right: prefix, text, prompt; the mean of the last {prompts.pooled} states. It needs
-torch >= 2.6 and transformers >= 5: version 4 reads this folder without an error, and ignores its
-`rope_parameters`.
+embedding is right: prefix, text, prompt; the mean of the last {prompts.pooled} states. To load it
+takes torch >= 2.6 and transformers >= 5: version 4 reads this folder without an error, and ignores
+its `rope_parameters`.
 
 ```python
 import torch
@@ -844,9 +846,9 @@ def content_words(text: str) -> str:
 class Batches(NamedTuple):
     """What is in the batches of a step: pure functions of these settings and the step.
 
-    As the learning rate and the seed of dropout are so too, a killed run needs weights, moments and
-    a step number to go on as if nothing had happened. On another number of ranks the data are the
-    same; dropout is not.
+    The learning rate and the seed of dropout, too, follow from the settings and the step. So a
+    killed run needs weights, moments and a step number to go on as if nothing had happened. On
+    another number of ranks the data are the same; dropout is not.
     """
 
     batch_size: int  # examples, or queries, over all ranks
@@ -867,8 +869,9 @@ class Batches(NamedTuple):
         """Into how many micro-batches each rank splits its part of n sequences.
 
         The same number on every rank, as under FSDP a forward is a meeting of all (see `shard`);
-        and none of them empty. 9 sequences on 8 ranks, one at a time: one rank has two sequences,
-        but seven have one. So each has one micro-batch, and the first rank runs both at once.
+        and none of them empty, so at most as many as the rank with the fewest has sequences. 9
+        sequences on 8 ranks: one rank has two, seven have one. So each rank has one micro-batch,
+        also with --micro-batch-size 1, and the first rank's has two sequences.
         """
         as_they_fit = math.ceil(n / (self.micro_batch_size * self.world))
         return min(as_they_fit, n // self.world)
@@ -1209,8 +1212,9 @@ def shard(
     and of AdamW's moments, so the optimizer is made after this. The weights of a decoder layer are
     gathered for its forward and again for its backward, and then dropped; its gradients are
     averaged over the ranks and sliced. These are meetings of all ranks, so all must call equally
-    often; and only `forward` and registered methods gather. What is in no layer stays in the root's
-    group: the embeddings and the head, which can be one and the same tensor.
+    often; and only `forward` and registered methods gather. The layers are wrapped first. What is
+    left then, the embeddings and the head, which can be one and the same tensor, is gathered
+    together for the whole of the model's forward.
 
     bfloat16 has the range of float32, so the loss needs no scaling.
     """
@@ -1240,7 +1244,7 @@ def find_checkpoint(output: Path, resume: bool) -> Path | None:
     the folder holds                    without --resume    with it
     nothing, or an empty log.jsonl      starts              starts
     log.jsonl and a checkpoint          refused             goes on
-    log.jsonl and no checkpoint         refused             starts anew
+    log.jsonl and no checkpoint         refused             starts at step 0
     other things, and no log.jsonl      refused             refused: it is no run of ours
     """
     log = output / "log.jsonl"
@@ -1295,11 +1299,11 @@ def meet_on_last(model: nn.Module, is_last: bool) -> None:
 
     That saves half of what FSDP costs there. On several ranks a GPU would hold all gradients
     (27 GB for 7B) and all weights (13.5 GB), to save meetings that hide behind the arithmetic of
-    large models. `contrastive_step` does without: it takes any encoder.
+    large models.
     """
     if isinstance(model, FSDPModule) and dist.get_world_size() == 1:
-        model.set_requires_gradient_sync(is_last)
-        model.set_reshard_after_backward(is_last)
+        model.set_requires_gradient_sync(is_last)  # False: gradients add up, whole
+        model.set_reshard_after_backward(is_last)  # False: the next forward finds the weights there
 
 
 def adaptation_step(
@@ -1446,10 +1450,10 @@ def count_tokens(item: Any, prompts: Prompts) -> int:
 
 
 def get_lr(step: int, steps: int, peak: float, warmup: float) -> float:
-    """The rate of a step: linear up over the share `warmup` of the steps, then linear down.
+    """The rate of a step 0 .. steps - 1: up to the peak over the share `warmup`, then down to 0.
 
-    It would be 0 at step -1, has its peak at step warmup_steps - 1, and would be 0 again at step
-    `steps`, the first that is not run.
+    The first and the last step have a rate above 0: the line begins a step before and ends a step
+    behind them.
     """
     warmup_steps = max(1.0, warmup * steps)
     if step + 1 < warmup_steps:
@@ -1558,7 +1562,7 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
     run = {"settings": settings, "yardstick": levels}
     run_file = output / "run.json"
     is_finished = run_file.exists() and "finished" in json.loads(run_file.read_text())
-    if checkpoint or is_finished:
+    if checkpoint or run_file.exists():
         check_same_run(settings, run_file)
     if is_finished:
         say(f"--output {output}: that run is finished, there is nothing to resume")
@@ -1585,9 +1589,9 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
         goes_on = f"goes on at step {first_step} of {checkpoint}"
         say(goes_on if checkpoint else f"no checkpoint in {output} yet: starts at step 0")
 
-    # Whole steps, prepared ahead of the device. Workers are forked, to share the index of the rows;
-    # here, while the model is not on a GPU yet and gloo has nothing to do, as a fork can take along
-    # the work of other threads half done.
+    # Item `step` of the data set is all of a step; workers prepare it ahead of the device. They are
+    # forked, so that they share the index of the rows. A fork copies no other thread, and what one
+    # was doing stays half done; so it happens here, before there is work for a GPU.
     def ignore_signals(worker: int) -> None:  # of Ctrl-C and of schedulers, which all processes get
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
@@ -1626,6 +1630,7 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
         lm.get_output_embeddings().requires_grad_(False)  # it takes no part
     model = Llara(lm, prompts).train()
     shard(model, device, dtype, args.compile)
+    # No weight decay, and gradients clipped to 1 below: as in the released code, by its Trainer.
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0, fused=True)
     if checkpoint:
         load_checkpoint(model, optimizer, checkpoint)
@@ -1668,6 +1673,7 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
             optimizer.step()
             optimizer.zero_grad()
 
+            # As a sum, a signal to any rank stops all of them after the same step.
             n_tokens, n_asked = sum_over_ranks([count_tokens(item, prompts), len(asked_to_stop)])
             rate = n_tokens / (time.perf_counter() - started)
             row = {"step": step, **losses, "lr": lr, "grad_norm": norm, "tokens/s": rate}

@@ -981,6 +981,8 @@ def test_resume_refuses_another_run(unbroken, capsys):
     write_rows("reversed.jsonl", ROWS[::-1])
     said = refused(capsys, ADAPT + "other --resume --data reversed.jsonl")
     assert "--data is 40 rows" in said
+    shutil.rmtree("other/checkpoint-00000003")  # as if killed before it
+    assert "--seed is 1, but it was 0" in refused(capsys, ADAPT + "other --resume --seed 1")
 
 
 def test_a_copy_of_a_checkpoint_is_left_alone(unbroken):
