@@ -883,7 +883,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def split_by_length(lengths: Sequence[int], count: int) -> list[np.ndarray]:
-    """Indices in `count` groups of like length, the longest first: memory fails soon, or not."""
+    """Indices in `count` groups of like length, the longest first: too long fails at once."""
     order = np.argsort([-length for length in lengths], kind="stable")
     return np.array_split(order, count)
 
