@@ -1537,9 +1537,19 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
         if not args.model:
             torch.manual_seed(args.seed)
             make_small_model(sample_texts(Rows(data)), base)
+    # Machines without a common disk would each have a part of every checkpoint. All look for a file
+    # of a new name: for one of an old name, a network disk may show what it was.
+    from_rank_0: list[Any] = [f".started-{time.time_ns()}"]
+    dist.broadcast_object_list(from_rank_0)
+    started_file = output / from_rank_0[0]
+    if rank == 0:
+        started_file.touch()
     dist.barrier()
-    if not (output / "log.jsonl").exists():
-        raise BadInput(f"--output {output}: rank {rank} does not see the folder of rank 0")
+    if not started_file.exists():
+        raise BadInput(f"--output {output}: is not shared: rank {rank} sees not what rank 0 wrote")
+    dist.barrier()
+    if rank == 0:
+        started_file.unlink()
     rows = Rows(data)
     lm, tokenizer = load(base)
 

@@ -1463,17 +1463,20 @@ def test_weights_that_are_all_0_are_refused(capsys):
 
 
 def test_an_output_that_is_not_shared_is_refused(tmp_path):
-    """Two ranks with folders of their own, as two machines without a common disk."""
+    """Two ranks with folders of their own, as two machines without a common disk; also if the
+    other has a run in its folder.
+    """
     script = "import os, llara\nos.chdir(os.environ['RANK'])\nllara.main()"
     Path("apart.py").write_text(script)
     for rank in "01":
-        Path(rank).mkdir()
+        Path(rank, "apart").mkdir(parents=True)
+    Path("1/apart/log.jsonl").touch()
     flags = ADAPT.replace("rows.jsonl", "../rows.jsonl").replace(
         "--model model", "--model ../model"
     )
     done = launch(*TORCHRUN, "apart.py", *(flags + "apart").split())
     assert done.returncode != 0
-    assert "--output apart: rank 1 does not see the folder of rank 0" in done.stderr
+    assert "--output apart: is not shared: rank 1 sees not what rank 0 wrote" in done.stderr
 
 
 # ---- eval.py -------------------------------------------------------------------------------------
