@@ -1333,8 +1333,6 @@ def process_group() -> Iterator[None]:
     code = 0
     try:
         yield
-        if several:
-            dist.barrier()  # none leaves while another still needs it
     except SystemExit as end:
         code = end.code
     except (BadInput, OSError, FloatingPointError) as error:
@@ -1344,13 +1342,14 @@ def process_group() -> Iterator[None]:
     except BaseException:
         traceback.print_exc()
         code = 1
+    if code == 0 or not several:
+        dist.destroy_process_group()
     if several:
         # Python's own way out destroys threads of gloo, which aborts some two processes in a
         # hundred (PyTorch 2.13), and torchrun would report a finished run as failed.
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         os._exit(code)
-    dist.destroy_process_group()
     if code:
         sys.exit(code)
 
