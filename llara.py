@@ -23,9 +23,10 @@ The embedding of a text is the mean of the eight states, scaled to length 1. Ada
 is followed by fine-tuning on pairs of query and passage; search is by dot product: see eval.py.
 Passages take the SELF prompt, queries the NEXT prompt, whose states say what the passage after a
 text would hold: the passage after a question is its answer. (A model that is not fine-tuned yet
-takes SELF for both, as nothing has made the two comparable.) It needs torch 2.13, transformers 5.
+takes SELF for both, as nothing has made the two comparable.)
 
-torchrun starts a process, called a rank, for each GPU; on a CPU or one GPU, python does as well.
+It needs torch 2.13 and transformers 5. torchrun starts a process, called a rank, for each GPU; on a
+CPU or one GPU, python does as well.
 
     python llara.py --output tiny                             # a tiny model, Python's own docs
     torchrun llara.py --data wiki.jsonl --model HuggingFaceTB/SmolLM2-135M --output out
@@ -225,7 +226,8 @@ def pad(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
 
 
 # A row of a batch, not padded yet: the ids of the passage, then each bag in the order of BAG_TASKS.
-# A bag is a set of ids: of the words of a text, tokenised anew (see `Adaptation.read_examples`).
+# A bag is a set of ids: those of the words of a text, without stop words and punctuation. They are
+# tokenised anew, since "llama" at the start and " llama" behind a space can be different tokens.
 Example = tuple[list[int], ...]
 
 
@@ -238,8 +240,8 @@ def collate(examples: Sequence[Example], prompts: Prompts) -> dict[str, Tensor]:
     input_ids (B, L): prefix + passage + SELF + NEXT. self_start (B,): the column of SELF.
     SELF_columns, NEXT_columns (B, 8): where the special tokens stand.
     EBAE, EBAR (B, W): ids of the target words, padded with -100.
-    counts (3,): by what the sums of the three losses are divided: for AR the number of tokens of
-    passages, for EBAE and EBAR that of examples with target words.
+    counts (3,): `Llara.forward` divides the sums of the three losses by them. For AR it is the
+    number of tokens of passages, for EBAE and EBAR that of examples with target words.
     """
     passages, *bags = zip(*examples, strict=True)
     sequences = [[*prompts.prefix, *ids, *prompts.SELF, *prompts.NEXT] for ids in passages]
@@ -272,8 +274,9 @@ def next_token_loss(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     All logits, (N, V) in float32, are what fills the memory of the released code. Here they exist
     512 rows at a time, and are not kept for backward.
     """
-    # With "sum" PyTorch works out a chunk's gradients while it has its logits, but adds up in the
-    # type of the states. With "none" it makes the logits once more, and we add up in float32.
+    # With "sum" PyTorch works out a chunk's gradients while it has its logits, but adds up losses
+    # in the type of the states: in bfloat16 half a per cent off. With "none" we add up in float32,
+    # and backward makes the logits once more.
     reduction = "sum" if states.dtype == torch.float32 else "none"
     # For speed alone: in which type it adds up products. "auto" is four times slower on a CPU.
     policy = "auto" if states.is_cuda else "accurate"
@@ -351,6 +354,7 @@ def max_positions(config, joint: bool = False) -> float:
         limit = rope.get("original_max_position_embeddings") or limit
     if joint:
         windows = ["index_topk", "keep_window_size"]
+        # A window in the configuration counts if some layer has it; older ones do not list layers.
         if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
             windows.append("sliding_window")
         limit = min(limit, *(getattr(config, name, None) or math.inf for name in windows))
@@ -469,7 +473,7 @@ class Llara(nn.Module):
             next_ids = input_ids[:, 1:]  # (B, L-1)
             next_column = torch.arange(1, input_ids.shape[1], device=input_ids.device)  # (L-1,)
             after_prefix = next_column >= len(self.prompts.prefix)  # (L-1,)
-            is_target = after_prefix & (next_column < self_start[:, None])  # (B, L-1), N are True
+            is_target = after_prefix & (next_column < self_start[:, None])  # (B, L-1)
             losses["AR"] = next_token_loss(states[is_target], head.weight, next_ids[is_target])
         for task, prompt in BAG_TASKS.items():
             if task in tasks:
@@ -574,6 +578,8 @@ def load(name: str | Path) -> tuple[nn.Module, Any]:
     # what counts; saving goes by this flag.
     lm.config.tie_word_embeddings = head.weight is embeddings.weight
 
+    # New tokens. The rows of the embeddings, by ids, are then
+    #     | of the text's tokens: trained | to spare, in some models | new ones, if need be |
     known = tokenizer.get_vocab()
     new = [token for token in dict.fromkeys(SELF_PROMPT[1] + NEXT_PROMPT[1]) if token not in known]
     added = [AddedToken(token, special=True, normalized=False) for token in new]
@@ -583,14 +589,13 @@ def load(name: str | Path) -> tuple[nn.Module, Any]:
     # 4: a real token's, whose trained row would be lost below.
     if not set(new_ids).isdisjoint(known.values()):
         raise BadInput(f"{name}: its vocabulary has gaps: the id of {new[0]} is a real token's")
-    # By ids: | those of text, trained | rows to spare, in some models | new rows, if need be |
-    old_rows = embeddings.num_embeddings
-    n_rows = max(old_rows, *(i + 1 for i in (*known.values(), *new_ids)))
+    n_old = embeddings.num_embeddings
+    n_trained = min(n_old, max(known.values()) + 1)
+    n_rows = max(n_old, *(i + 1 for i in (*known.values(), *new_ids)))
     lm.resize_token_embeddings(n_rows, mean_resizing=False)
-    # New rows start from the mean of the others: a random row in the head stands apart and takes
+    # They start from the mean of the trained ones: a random row in the head stands apart and takes
     # probability from real tokens. All start as one and the same: position tells them apart.
-    n_trained = min(old_rows, max(known.values()) + 1)
-    untrained = sorted({*new_ids, *range(old_rows, n_rows)})
+    untrained = sorted({*new_ids, *range(n_old, n_rows)})
     with torch.no_grad():
         for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
             mean = layer.weight[:n_trained].float().mean(dim=0)  # (d,), summed in float32
@@ -945,7 +950,7 @@ class Adaptation:
 
         all rows   |-----------|------|------------------------------|---|    one place in each slot
         article                       |------------|=======|---------|        by its share, a piece
-        piece                                      |-ppppfff|                 by its share, windows
+        piece                                      |--pppfff|                 by its share, windows
 
     The passage p and what follows it, f, are two windows of `room` tokens each: what --max-length
     leaves beside the prompts. An epoch has as many places as bytes / (4 * room): English has four
@@ -982,9 +987,9 @@ class Adaptation:
         length = self.rows.lengths[row]
         share = 1 - (self.ends[row] - place) / length
         # The first place of an epoch in a row goes to its very start, the last one to its very end,
-        # or else these would be read more seldom than the middle: so the shares within a slot of
-        # either end become 0 and 1, and the others are stretched. (Short rows have no place in some
-        # epochs; then it is a quarter of the row at either end.)
+        # or else these would be read more seldom than the middle. Of a row of ten slots, the shares
+        # 0 to 0.1 become 0, those of 0.9 to 1 become 1, and what is between is stretched. A row
+        # shorter than a slot has a place in some epochs: at either end, this is a quarter of it.
         margin = min(0.25, slot / length)
         stretched = (share - margin) / (1 - 2 * margin)
         return row, min(1.0, max(0.0, stretched))
@@ -1008,7 +1013,8 @@ class Adaptation:
             row_number, share = self.place(epoch, i)
             with self.rows.row(row_number) as row:
                 text = read_article(row)
-            # Three windows of English; in another script characters have more bytes and tokens.
+            # First by characters: the piece. Three windows of English; in another script characters
+            # have more bytes, and more tokens.
             n_bytes = max(1, len(text.encode()))
             size = math.ceil(12 * self.room * len(text) / n_bytes)  # characters
             place = int(share * max(0, len(text) - size))
@@ -1018,6 +1024,7 @@ class Adaptation:
         encoded = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True)
         examples = []
         for k, (piece, share) in enumerate(zip(pieces, shares, strict=True)):
+            # Then by tokens: the windows in it.
             n_tokens = len(encoded.input_ids[k])
             start = int(share * max(0, n_tokens - 2 * self.room))
             if start > 0 and share < 1:
@@ -1034,15 +1041,18 @@ class Adaptation:
     def read_examples(self, places: Sequence[tuple[int, int]]) -> list[Example]:
         """Of each (epoch, index) the passage and the bags.
 
-        A passage "The llama, a camelid" asks for the words "llama camelid", without stop words and
-        punctuation. They are tokenised anew, since "llama" at the start of a text and " llama"
-        behind a space can be different tokens; a word can be several.
+        A passage "The llama, a camelid" asks for the words "llama camelid"; a word can be several
+        tokens.
         """
         windows = self.read_windows(places)
         words = [content_words(text) for _, *targets in windows for _, text in targets]
-        # One call for all, then one by one, in the same order.
-        bags = (sorted(set(ids) - self.special_ids) for ids in tokenize(self.tokenizer, words))
-        return [(ids, *(next(bags) for _ in targets)) for (ids, _), *targets in windows]
+        # One call for all of them; then they are handed out in the same order.
+        bags = iter(tokenize(self.tokenizer, words))
+        examples = []
+        for (passage_ids, _), *targets in windows:
+            own_bags = [sorted(set(next(bags)) - self.special_ids) for _ in targets]
+            examples.append((passage_ids, *own_bags))
+        return examples
 
     def read(self, step: int) -> Item:
         """Micro-batches are batches of `collate`."""
@@ -1151,7 +1161,7 @@ class FineTuning:
                 own.append(positives[random.integers(len(positives))])
             queries.append(query)
             if negatives:
-                # np.resize repeats them if they are too few.
+                # np.resize cuts them, or repeats them if they are too few.
                 chosen = np.resize(random.permutation(len(negatives)), self.group_size - 1)
                 hard += [negatives[j] for j in chosen]
             not_negative.setdefault(query, {query}).update(positives)
@@ -1487,7 +1497,7 @@ def load_checkpoint(model: Llara, optimizer, folder: Path) -> None:
 
 
 def get_lr(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Of a step 0 .. steps - 1: up to the peak over the share `warmup`, down to 0 a step behind."""
+    """Of a step 0 .. steps - 1: up to the peak over the share `warmup`, then down towards 0."""
     warmup_steps = max(1.0, warmup * steps)
     if step + 1 < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -1550,7 +1560,7 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
     if rank == 0:
         started_file.unlink()
     rows = Rows(data)
-    lm, tokenizer = load(base)
+    lm, tokenizer = load(base)  # on each rank all of it: for 7B in bfloat16 13.5 GB of host memory
 
     # The stage: what a step sees, and what it does.
     is_adapting = args.stage == "adapt"
