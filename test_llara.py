@@ -1428,7 +1428,7 @@ def test_other_mistakes_are_named(flags, sentence, capsys):
     Path("begun/run.json").touch()
     if "piped" in flags:
         os.mkfifo("piped")
-        threading.Thread(target=Path("piped").write_text, args=("{}",)).start()
+        os.open("piped", os.O_RDWR)  # a writer, so that to open it for reading does not wait
     assert sentence in refused(capsys, f"{ADAPT}wrong {flags}")
 
 
