@@ -1575,7 +1575,7 @@ def train(args) -> None:  # noqa: C901 (a run from top to bottom)
         raise BadInput(f"{base}: {error}") from error
     batches = Batches(args.batch_size, args.micro_batch_size, args.seed, rank, world)
     if is_adapting:
-        weights = [args.ar_weight, args.ebae_weight, args.ebar_weight]
+        weights = [getattr(args, f"{task.lower()}_weight") for task in TASKS]
         stage = Adaptation(rows, tokenizer, prompts, batches, args.max_length, weights)
     else:
         of_pairs = args.query_length, args.passage_length, args.query_prompt, args.group_size
@@ -1829,8 +1829,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             setattr(args, name, defaults[column])
         elif defaults[column] is None and name != "steps":
             parser.error(f"--{name.replace('_', '-')} means nothing with --stage {args.stage}")
-    if args.stage == "adapt" and not (args.ar_weight or args.ebae_weight or args.ebar_weight):
-        parser.error("--ar-weight, --ebae-weight and --ebar-weight are all 0: nothing to learn")
+    weights = [getattr(args, f"{task.lower()}_weight") for task in TASKS]
+    if args.stage == "adapt" and not any(weights):
+        parser.error("the weights of AR, EBAE and EBAR are all 0: nothing to learn")
     if args.stage == "finetune" and not (args.model and args.data):
         parser.error("--stage finetune needs --model, what adaptation has saved, and --data")
     return args
