@@ -174,7 +174,7 @@ class Collection:
         self.queries = Texts(folder / "queries.jsonl")
         self.corpus = Texts(folder / "corpus.jsonl")
         files = self.queries.lines.digest(), self.corpus.lines.digest()
-        told = [None]
+        told = [None]  # as a list of one, which the broadcast fills on the other processes
         if dist.get_rank() == 0:
             self.qrels = read_qrels(folder / "qrels" / f"{split}.tsv")
             self.queries.read_ids()
@@ -200,10 +200,9 @@ class Collection:
             "judged queries are not in queries.jsonl: score 0": len(judged - queries),
             "judged documents are not in corpus.jsonl": len(documents - corpus),
             "texts are empty: searched as they are": self.queries.n_empty + self.corpus.n_empty,
-            "queries have the id of a document: --skip-identical-ids?": len(shared),
         }
-        if skip_identical_ids:
-            counts.popitem()
+        if not skip_identical_ids:
+            counts["queries have the id of a document: --skip-identical-ids?"] = len(shared)
         return [f"{count} {what}" for what, count in counts.items() if count > 0]
 
 
@@ -376,7 +375,8 @@ def search(queries: Tensor, chunks: Iterable[Chunk], k: int) -> tuple[Tensor, Te
             chunk_scores = queries[block] @ passages.T  # (b, n)
             # The candidates: the best k so far, and beside them all of this chunk.
             all_scores = torch.cat([scores[block], chunk_scores], dim=1)  # (b, k + n)
-            all_rows = torch.cat([rows[block], chunk_rows.expand_as(chunk_scores)], dim=1)
+            rows_of_chunk = chunk_rows.expand_as(chunk_scores)  # (b, n), each row the same
+            all_rows = torch.cat([rows[block], rows_of_chunk], dim=1)  # (b, k + n)
             scores[block], rows[block] = best_of(all_scores, all_rows, k)
     return scores, rows
 
@@ -579,6 +579,8 @@ def evaluate(
     chunks = embed_corpus(args, model, tokenizer, corpus, collection.lengths, folder)
     # A query that finds itself loses that one, and should still have --top-k.
     k = args.top_k + 1 if args.skip_identical_ids else args.top_k
+    # `search` runs here, and with it, chunk by chunk, `embed_corpus`. `gather_best` is a generator:
+    # it runs as its hits are asked for, a block of queries at a time.
     hits = gather_best(*search(vectors, chunks, k))
     if not is_first:
         list(hits)  # it is empty: only so does this process send what it has found
